@@ -1,0 +1,97 @@
+"""Records and Protocols that the rooms of this house exchange; the lowest tier, importing nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+State = dict[str, "Tensor"]
+"""Parameter name -> tensor."""
+
+SPLITS = ("train", "val", "test")
+
+
+class InputError(ValueError):
+    """Something a user can mend: one line saying where, what was got, what was expected, and the next step.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question about one image."""
+
+    image_key: str
+    """Unique within a data set: the file's path below the data root, or a synthetic image's name."""
+    patient: str
+    """Both knees of one person share it; a partition never splits it."""
+    site: str | None = None
+    """Hospital or scanner, where known."""
+    question: str
+    answer: str
+    label: int | None = None
+    """Index into the closed answer set; None where the answers are open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSplits:
+    """A data set: the examples of each split, and how to read an image."""
+
+    name: str
+    splits: Mapping[str, tuple[Example, ...]]
+    """Keys are `SPLITS`; every example of a split, in a fixed order."""
+    answers: tuple[str, ...] | None
+    """The closed answer set, ordered by label (so that |label difference| is a distance); None if open."""
+    read_image: Callable[[Example], Image]
+    """Decode one image to 8 bits per channel, mode "L" or "RGB"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelSpec:
+    """What the clients of one capacity class keep of the global model."""
+
+    level: int
+    """Counted from 1 = weakest."""
+    width_ratio: float
+    depth: int
+    """Number of exits kept; the last one kept is where the sub-model ends."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Axis name -> units kept (a prefix); axes not named here stay whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientTask:
+    """What one client is asked to do in one round."""
+
+    client: int
+    level: int
+    round: int
+    example_ids: tuple[int, ...]
+    """Indices into the training split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """What one client returns."""
+
+    client: int
+    level: int
+    delta: State
+    """Trained minus sent, fp32 on the CPU, in the sub-model's own names and shapes."""
+    num_examples: int
+    metrics: Mapping[str, float]
+    """`loss` (mean training loss per answer token), `steps`, `seconds`."""
+
+
+class Aggregator(Protocol):
+    """A streaming merge of one round's updates into the global trainable state."""
+
+    def add(self, update: ClientUpdate) -> None: ...
+
+    def finish(self) -> State: ...
