@@ -53,6 +53,19 @@ class DataSplits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One named axis of a model family's parameters."""
+
+    size: int
+    cut_by: str | None = None
+    """The weakest `--width_axes` choice that cuts it ("inner" or "all"); None = always whole."""
+    follows: str | None = None
+    """An axis this one is tied to: its kept share of units is the other's, exactly."""
+    seen_in: str = ""
+    """A parameter that has this axis, for error messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LevelSpec:
     """What the clients of one capacity class keep of the global model."""
 
@@ -63,6 +76,10 @@ class LevelSpec:
     """Number of exits kept; the last one kept is where the sub-model ends."""
     kept: Mapping[str, int] = field(default_factory=dict)
     """Axis name -> units kept (a prefix); axes not named here stay whole."""
+
+    def is_whole(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the full width is kept."""
+        return all(sizes[axis] == kept for axis, kept in self.kept.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +106,19 @@ class ClientUpdate:
     """`loss` (mean training loss per answer token), `steps`, `seconds`."""
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; a resumable checkpoint has been written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
 class Aggregator(Protocol):
     """A streaming merge of one round's updates into the global trainable state."""
+
+    sums: dict[str, State]
+    """All it has gathered so far, by kind: a checkpoint in mid-round saves and restores it."""
 
     def add(self, update: ClientUpdate) -> None: ...
 

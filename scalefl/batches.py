@@ -1,0 +1,203 @@
+"""Examples -> tensors: training batches, packed scoring batches, and the order in which a client sees its examples.
+
+Shapes: B rows, L positions, P longest prompt, K packed candidate tokens, N predicted positions, A answers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalefl.contracts import Example
+
+MAX_SHIFT = 0.06
+"""Largest shift of an augmented image, as a share of its side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    inputs: Mapping[str, Tensor]
+    """Keyword arguments of the model, with `predict_at` (N)."""
+    targets: Tensor
+    """(N) token ids."""
+    labels: Tensor
+    """(N) answer index, -1 in an open answer set, and `steps` (N) the token's place in its answer."""
+    steps: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The closed answer set, tokenised and packed behind a prompt, so that one pass scores every answer.
+
+    Each answer's tokens but the last follow the prompt side by side; a mask hides the answers from each other and
+    every answer's positions go on from the prompt's end.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+
+    @functools.cached_property
+    def packed(self) -> list[tuple[int, int]]:
+        """(answer, step) of every packed token."""
+        return [(a, s) for a, ids in enumerate(self.ids) for s in range(len(ids) - 1)]
+
+    def mask(self) -> Tensor:
+        """(K, K): True where a packed token sees another, earlier or itself, of the same answer."""
+        answer = torch.tensor([a for a, _ in self.packed])
+        step = torch.tensor([s for _, s in self.packed])
+        return (answer[:, None] == answer[None]) & (step[:, None] >= step[None])
+
+    def log_likelihoods(self, logits: Tensor) -> Tensor:
+        """(B, 1 + K, V) logits at the prompt's end and at each packed token -> (B, A) summed log-likelihood."""
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        place = {key: i for i, key in enumerate(self.packed, start=1)}
+        columns = []
+        for a, ids in enumerate(self.ids):
+            at = [0, *(place[a, s] for s in range(len(ids) - 1))]
+            columns.append(log_probs[:, at, list(ids)].sum(-1))
+        return torch.stack(columns, dim=1)
+
+
+class Batcher:
+    """Builds batches of one data set for one processor; images are held as uint8 and normalised per batch."""
+
+    def __init__(
+        self, processor: Any, examples: Sequence[Example], pixels: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self._processor, self.examples, self._pixels, self._device = processor, examples, pixels, device
+        self._prompt = functools.cache(processor.encode_question)
+        self._answer = functools.cache(processor.encode_answer)
+
+    def num_answer_tokens(self, ids: Sequence[int]) -> int:
+        return sum(len(self._answer(self.examples[i].answer)) for i in ids)
+
+    def training(self, ids: Sequence[int], shifts: np.ndarray | None = None) -> Batch:
+        """Prompts with answers, right-padded; the causal mask alone keeps padding from mattering.
+
+        Without ids: a batch that runs through the model and predicts nothing, for a process with no share in a step.
+        `shifts` (len(ids), 3) augments: mirrored or not, shift down, shift right as shares of the image.
+        """
+        rows, predict_at, targets, labels, steps = [], [], [], [], []
+        shown = ids if len(ids) else [0]
+        for i in shown:
+            example = self.examples[i]
+            prompt, answer = self._prompt(example.question), self._answer(example.answer)
+            rows.append([*prompt, *answer])
+        length = max(map(len, rows))
+        for b, i in enumerate(ids):
+            answer = self._answer(self.examples[i].answer)
+            first = len(rows[b]) - len(answer)
+            predict_at += [b * length + first - 1 + s for s in range(len(answer))]
+            targets += answer
+            labels += [-1 if (label := self.examples[i].label) is None else label] * len(answer)
+            steps += range(len(answer))
+        inputs = {
+            "input_ids": self._padded(rows, length),
+            "pixel_values": self._images(shown, shifts if len(ids) else None),
+            "predict_at": torch.tensor(predict_at, dtype=torch.long),
+        }
+        return Batch(
+            inputs={name: value.to(self._device) for name, value in inputs.items()},
+            targets=torch.tensor(targets, dtype=torch.long).to(self._device),
+            labels=torch.tensor(labels, dtype=torch.long).to(self._device),
+            steps=torch.tensor(steps, dtype=torch.long).to(self._device),
+        )
+
+    def scoring(self, ids: Sequence[int], candidates: Candidates) -> dict[str, Tensor]:
+        """Model inputs that predict, for each row, at the prompt's end and at every packed candidate token."""
+        prompts = [self._prompt(self.examples[i].question) for i in ids]
+        width, packed = max(map(len, prompts)), candidates.packed
+        num_packed, length = len(packed), width + len(packed)
+        tail = [candidates.ids[a][s] for a, s in packed]
+        input_ids = self._padded(prompts, length)
+        input_ids[:, width:] = torch.tensor(tail, dtype=torch.long)
+        mask = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(len(ids), 1, 1)
+        mask[:, width:, width:] = candidates.mask() if num_packed else mask[:, width:, width:]
+        position = torch.arange(length).repeat(len(ids), 1)
+        predict_at = []
+        for b, prompt in enumerate(prompts):
+            mask[b, width:, len(prompt) : width] = False
+            position[b, width:] = torch.tensor([len(prompt) + s for _, s in packed], dtype=torch.long)
+            predict_at += [b * length + len(prompt) - 1, *(b * length + width + k for k in range(num_packed))]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": mask.unsqueeze(1),
+            "position_ids": position,
+            "pixel_values": self._images(ids, None),
+            "predict_at": torch.tensor(predict_at),
+        }
+        return {name: value.to(self._device) for name, value in inputs.items()}
+
+    def prompts(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """Left-padded prompts and pixels for `generate`."""
+        rows = [self._prompt(self.examples[i].question) for i in ids]
+        length, pad = max(map(len, rows)), self._processor.tokenizer.pad_token_id
+        inputs = {
+            "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+            "pixel_values": self._images(ids, None),
+        }
+        return {name: value.to(self._device) for name, value in inputs.items()}
+
+    def _padded(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
+        pad = self._processor.tokenizer.pad_token_id
+        return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.long)
+
+    def _images(self, ids: Sequence[int], shifts: np.ndarray | None) -> Tensor:
+        images = [self._pixels[self.examples[i].image_key] for i in ids]
+        if shifts is not None:
+            images = [_shifted(image, *row) for image, row in zip(images, shifts, strict=True)]
+        if len({image.shape[0] for image in images}) > 1:  # grey beside colour
+            images = [image.expand(3, -1, -1) for image in images]
+        return self._processor.normalise(torch.stack(images))
+
+
+def _shifted(image: Tensor, mirrored: float, down: float, right: float) -> Tensor:
+    """An image mirrored and shifted; what enters at an edge repeats the edge."""
+    if mirrored > 0.5:
+        image = image.flip(-1)
+    for dim, share in ((-2, down), (-1, right)):
+        size = image.shape[dim]
+        source = (torch.arange(size) - round(share * size)).clamp(0, size - 1)
+        image = image.index_select(dim, source)
+    return image
+
+
+def draw_shifts(count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, 3): mirrored (above 0.5), shift down and shift right as shares of the image."""
+    return np.column_stack([rng.random(count), rng.uniform(-MAX_SHIFT, MAX_SHIFT, (count, 2))])
+
+
+def step_order(
+    ids: Sequence[int],
+    labels: Sequence[int | None],
+    *,
+    batch_size: int,
+    num_epoch: int,
+    local_steps: int | None,
+    balanced: bool,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """The examples of each optimizer step: shuffled epochs whose last batch may be smaller.
+
+    No example is repeated or dropped within an epoch, unless `balanced`: then an epoch draws as many examples
+    with replacement, each label equally often in expectation.
+    """
+    pool = np.asarray(ids)
+    weights = None
+    if balanced:
+        of_label: dict[int | None, int] = {}
+        for label in labels:
+            of_label[label] = of_label.get(label, 0) + 1
+        weights = np.array([1.0 / of_label[label] for label in labels])
+        weights /= weights.sum()
+    steps: list[np.ndarray] = []
+    while len(steps) < (local_steps if local_steps is not None else num_epoch * -(-len(pool) // batch_size)):
+        epoch = rng.permutation(pool) if weights is None else rng.choice(pool, size=len(pool), p=weights)
+        steps += [epoch[start : start + batch_size] for start in range(0, len(pool), batch_size)]
+    return steps[:local_steps]

@@ -1,0 +1,71 @@
+"""The `scalefl` command: parse, build, run, and turn what a user can mend into one line and an exit code."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from scalefl.config.flags import parse
+from scalefl.config.resolve import resolve
+from scalefl.contracts import InputError, Interrupted
+
+EXIT_BAD_INPUT = 2
+EXIT_SIGNAL = 128
+"""Plus the number of the signal."""
+EXIT_CTRL_C = 130
+
+NEXT_STEPS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give another --save_path."),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions, or give another --save_path."
+    ),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "give another path."),
+}
+"""Errors of the operating system that a user can mend -> how."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input, 128 + signal for a stop."""
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+        _log_to_stderr()
+        run, model_file = resolve(command.flags, command.config_file)
+        # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
+        from scalefl.federation import rounds
+
+        if run.evaluate_from:
+            rounds.evaluate_only(run, model_file)
+        else:
+            rounds.train(run, model_file)
+    except InputError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in NEXT_STEPS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{place}{error.strerror}; {NEXT_STEPS[error.errno]}")
+    except Interrupted as stop:
+        return EXIT_SIGNAL + stop.signum
+    except KeyboardInterrupt:
+        return EXIT_CTRL_C
+    return 0
+
+
+def _speaks() -> bool:
+    """Only the first process of a launch does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("scalefl")
+    logger.setLevel(logging.INFO if _speaks() else logging.ERROR)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+
+
+def _refuse(problems: str) -> int:
+    if _speaks():
+        for line in problems.splitlines():
+            print(f"scalefl: {line}", file=sys.stderr)
+    return EXIT_BAD_INPUT

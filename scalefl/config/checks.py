@@ -1,0 +1,196 @@
+"""What makes a run impossible or meaningless, found before anything is built.
+
+What only the data or the model can know is checked where they are read.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+from scalefl.config.modelfile import ModelFile
+from scalefl.config.options import RunConfig
+
+Finding = tuple[tuple[str, ...], str]
+"""The options that are involved, the first of them to be named, and what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The finite numbers within bounds."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def holds(self, number: float) -> bool:
+        return (
+            math.isfinite(number)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+COUNT, POSITIVE, NOT_NEGATIVE = Range(at_least=1), Range(above=0), Range(at_least=0)
+SHARE, FRACTION = Range(above=0, at_most=1), Range(at_least=0, below=1)
+
+RANGES = {
+    "num_rounds": COUNT,
+    "num_clients": COUNT,
+    "num_epoch": COUNT,
+    "local_steps": COUNT,
+    "batch_size": COUNT,
+    "micro_batch_size": COUNT,
+    "classes_per_client": COUNT,
+    "min_patients": COUNT,
+    "num_patients": COUNT,
+    "lora_r": COUNT,
+    "eval_every": COUNT,
+    "eval_limit": COUNT,
+    "eval_batch_size": COUNT,
+    "keep_last": COUNT,
+    "print_freq": COUNT,
+    "lr_milestones": COUNT,
+    "ee_locs": COUNT,
+    "horizontal_scale_ratios": COUNT,
+    "workers": NOT_NEGATIVE,
+    "seed": NOT_NEGATIVE,
+    "lr": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "KD_gamma": NOT_NEGATIVE,
+    "save_every_seconds": NOT_NEGATIVE,
+    "alpha": POSITIVE,
+    "lora_alpha": POSITIVE,
+    "lr_gamma": POSITIVE,
+    "max_grad_norm": POSITIVE,
+    "KD_T": POSITIVE,
+    "sample_rate": SHARE,
+    "vertical_scale_ratios": SHARE,
+    "momentum": FRACTION,
+    "lora_dropout": FRACTION,
+    "KD_start": Range(at_least=0, at_most=1),
+    "client_split_ratios": Range(at_least=0, at_most=1),
+}
+
+
+def problems(
+    run: RunConfig,
+    model_file: ModelFile,
+    where: Callable[[str], str] = "--{}".format,
+    unread: Collection[str] = (),
+) -> list[str]:
+    """One line per problem; `where` says where an option came from, and nothing is said about `unread` ones."""
+    findings = chain(_ranges(run), _levels(run), _training(run), _tuning(run, model_file), _answers(run))
+    return [
+        f"{where(options[0])}: {text}"
+        for options, text in findings
+        if not any(option in unread for option in options)
+    ]
+
+
+def _ranges(run: RunConfig) -> Iterator[Finding]:
+    for name, range_ in RANGES.items():
+        value = getattr(run, name)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        for number in numbers:
+            if not range_.holds(number):
+                kind = "number" if math.isfinite(number) else "finite number"
+                yield (name,), f"got {number}; expected a {kind} {range_}."
+
+
+def _levels(run: RunConfig) -> Iterator[Finding]:
+    names = ("vertical_scale_ratios", "horizontal_scale_ratios", "client_split_ratios")
+    lengths = [len(getattr(run, name)) for name in names]
+    if len(set(lengths)) > 1 or 0 in lengths:
+        yield (
+            names,
+            f"got {lengths[0]} levels, with {lengths[1]} in --{names[1]} and {lengths[2]} in --{names[2]}; "
+            "expected one number per level in each, and at least one level.",
+        )
+    total = math.fsum(run.client_split_ratios)
+    if run.client_split_ratios and abs(total - 1) > 1e-6:
+        yield ("client_split_ratios",), f"the shares sum to {total:g}; expected 1."
+    if any(later <= earlier for earlier, later in pairwise(run.ee_locs)):
+        text = f"exits out of order: {_spaced(run.ee_locs)}; expected each layer once, rising, such as "
+        yield ("ee_locs",), text + f"{_spaced(sorted(set(run.ee_locs)))}."
+    num_exits = len(run.ee_locs) + 1
+    if max(run.horizontal_scale_ratios, default=1) > num_exits:
+        yield (
+            ("horizontal_scale_ratios", "ee_locs"),
+            f"got {_spaced(run.horizontal_scale_ratios)}; expected numbers of exits up to {num_exits}, "
+            f"for {num_exits - 1} --ee_locs and the last layer; lower it or add an exit.",
+        )
+
+
+def _training(run: RunConfig) -> Iterator[Finding]:
+    if run.momentum and run.optimizer == "adamw":
+        yield ("momentum", "optimizer"), "adamw has no momentum; leave it out, or choose --optimizer sgd."
+    if run.micro_batch_size and run.batch_size % run.micro_batch_size:
+        yield (
+            ("batch_size", "micro_batch_size"),
+            f"got {run.batch_size}, which --micro_batch_size {run.micro_batch_size} does not divide; "
+            "expected a multiple of it.",
+        )
+    if run.lr_schedule == "multistep" and not run.lr_milestones:
+        yield (
+            ("lr_milestones", "lr_schedule"),
+            "missing; expected the rounds at which multistep lowers the rate.",
+        )
+    if any(later <= earlier for earlier, later in pairwise(run.lr_milestones)):
+        yield ("lr_milestones",), f"got {_spaced(run.lr_milestones)}; expected rising rounds."
+    if run.resume and run.evaluate_from:
+        yield ("resume", "evaluate_from"), "cannot go with --evaluate_from, which does not train; drop one."
+
+
+def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
+    if run.arch != model_file.arch:
+        yield (
+            ("arch", "cfg_path"),
+            f"got {run.arch}, but {model_file.name} describes {model_file.arch}; drop it or give another --cfg_path.",
+        )
+    if run.tuning == "lora" and run.freeze_vit is False:
+        yield (
+            ("freeze_vit", "tuning"),
+            "got false; --tuning lora keeps the tower frozen; choose --tuning full.",
+        )
+    if run.tuning == "lora" and not run.lora_targets:
+        yield ("lora_targets", "tuning"), "empty; --tuning lora needs at least one, such as q_proj."
+    if run.tuning == "full" and model_file.low_resource:
+        yield (
+            ("tuning",),
+            f"full cannot train the 8-bit weights that {model_file.name} asks for with low_resource: true; "
+            "set it to false.",
+        )
+    if run.tuning == "lora" and model_file.low_resource:
+        yield (
+            ("tuning",),
+            f"{model_file.name} asks for 8-bit weights (low_resource: true), which this version does not have yet; "
+            "set it to false.",
+        )
+    if run.tuning == "full" and not run.freeze_vit and model_file.vit_precision == "fp16":
+        yield (
+            ("tuning", "freeze_vit"),
+            f"full would train the vision tower, which {model_file.name} keeps in fp16 (vit_precision); "
+            "set that to fp32 or bf16, or give --freeze_vit.",
+        )
+
+
+def _answers(run: RunConfig) -> Iterator[Finding]:
+    if len(set(run.answers)) < len(run.answers) or "" in run.answers:
+        yield ("answers",), f"got {', '.join(map(repr, run.answers))}; expected texts that differ."
+
+
+def _spaced(numbers: Collection[int]) -> str:
+    return " ".join(map(str, numbers))

@@ -1,0 +1,103 @@
+"""Layers of options become one record. Later wins: defaults, preset, recipe, YAML file, flags.
+
+A run that is resumed or evaluated starts from its own saved config in place of the first three.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from scalefl.config.checks import problems as problems_of
+from scalefl.config.modelfile import ModelFile, read_model_file
+from scalefl.config.options import LevelOptions, ModelOptions, RunConfig
+from scalefl.config.recipes import RECIPES
+from scalefl.config.saved import changed_on_resume, load_config, to_dict
+from scalefl.config.values import Given, OptionsRead, read_options
+from scalefl.config.yamlfile import read_yaml
+from scalefl.contracts import InputError
+
+FIXED_IN_EVALUATION = {f.name for group in (ModelOptions, LevelOptions) for f in fields(group)} - {
+    "precision",
+    "gradient_checkpointing",
+}
+"""Options that say what the weights in a checkpoint mean."""
+
+
+def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[RunConfig, ModelFile]:
+    """The run that flags (option -> text, texts or value) and a YAML file of options ask for.
+
+    Raises InputError with one line per problem, all of them at once.
+    """
+    from_file = read_options(
+        read_yaml(config_file) if config_file else {}, lambda name: f"{config_file}: {name}"
+    )
+    from_flags = read_options(flags, "--{}".format)
+    explicit = {**from_file.given, **from_flags.given}
+    found = from_file.problems + from_flags.problems
+    try:
+        base, model_file = _base(explicit)
+    except InputError as error:
+        raise InputError("\n".join([*found, str(error)])) from error
+
+    layers = {**base, **_recipe(base, explicit), **explicit}
+    if (
+        "momentum" in explicit and "optimizer" not in explicit
+    ):  # as in the reference, whose one optimizer is SGD
+        layers["optimizer"] = Given(value="sgd", where="--optimizer")
+    run = RunConfig(**{name: given.value for name, given in layers.items()})
+    if run.freeze_vit is None:
+        run = replace(run, freeze_vit=run.tuning == "lora")
+
+    unread = _still_unread(from_file, from_flags)
+    found += problems_of(
+        run, model_file, lambda name: layers[name].where if name in layers else f"--{name}", unread
+    )
+    found += _changes(run, explicit)
+    if found:
+        raise InputError("\n".join(found))
+    return run, model_file
+
+
+def _base(explicit: Mapping[str, Given]) -> tuple[dict[str, Given], ModelFile]:
+    """The layers below what the user gave, and the model file."""
+    for source in ("evaluate_from", "resume"):
+        if source in explicit and explicit[source].value is not None:
+            saved, model_file = load_config(explicit[source].value)
+            values = {k: v for k, v in to_dict(saved).items() if k not in ("evaluate_from", "resume")}
+            return _layer(values, f"{explicit[source].value}: "), model_file
+    cfg_path = explicit.get("cfg_path")
+    model_file = read_model_file(cfg_path.value if cfg_path else None)
+    values = {"arch": model_file.arch, **model_file.train}
+    return _layer(values, f"{model_file.name}: train."), model_file
+
+
+def _layer(values: Mapping[str, Any], prefix: str) -> dict[str, Given]:
+    return {name: Given(value=value, where=prefix + name) for name, value in values.items()}
+
+
+def _recipe(base: Mapping[str, Given], explicit: Mapping[str, Given]) -> dict[str, Given]:
+    """What the recipe sets; nothing where a saved run has applied it already."""
+    settled = set(RECIPES["scalefl"]) <= set(base)
+    lower = base["recipe"].value if "recipe" in base else RunConfig.recipe
+    name = explicit["recipe"].value if "recipe" in explicit else lower
+    return {} if settled and name == lower else _layer(RECIPES[name], f"recipe {name}: ")
+
+
+def _still_unread(from_file: OptionsRead, from_flags: OptionsRead) -> set[str]:
+    return set(from_flags.unread) | (set(from_file.unread) - set(from_flags.given))
+
+
+def _changes(run: RunConfig, explicit: Mapping[str, Given]) -> list[str]:
+    """Options that the saved run does not allow to change."""
+    source = run.evaluate_from or run.resume
+    if not source:
+        return []
+    saved, _ = load_config(source)
+    changed = changed_on_resume(saved, run)
+    if run.evaluate_from:
+        changed = [name for name in changed if name in FIXED_IN_EVALUATION]
+    return [
+        f"{explicit[name].where if name in explicit else '--' + name}: got {getattr(run, name)}, "
+        f"{source} has {getattr(saved, name)}; a saved run keeps it: drop the option, or start a new run."
+        for name in changed
+    ]

@@ -1,0 +1,188 @@
+"""The only importer of accelerate and torch.distributed: prepares, steps, gathers, tears down.
+
+Every collective sits here and is reached by all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from scalefl.config.options import RunConfig
+from scalefl.contracts import InputError, State
+
+
+class Engine:
+    """The launch this process finds itself in: one process, or one of several under DDP."""
+
+    def __init__(self, run: RunConfig) -> None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+            raise InputError(
+                "launch: DeepSpeed was asked for, which this version does not train under; "
+                "expected one process or DDP (accelerate launch --multi_gpu, on CPUs with ACCELERATE_USE_CPU=true)."
+            )
+        use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
+        if use_gpu and not torch.cuda.is_available():
+            raise InputError(
+                "--use_gpu: no CUDA GPU was found; leave the flag out (or --use_gpu 0) to run on the CPU, "
+                "or check the driver and that torch was installed with CUDA."
+            )
+        precision = "bf16" if run.precision == "bf16" else "no"
+        self._accelerator = Accelerator(
+            cpu=not use_gpu,
+            mixed_precision=precision,
+            log_with=list(run.report_to) or None,
+            project_dir=run.save_path,
+        )
+        self._check_launch(precision)
+        if self.num_processes > 1 and not use_gpu and "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+
+    def _check_launch(self, precision: str) -> None:
+        """What was launched must be what runs: a wrong launch trains on silently."""
+        accelerator = self._accelerator
+        wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes != wanted:
+            raise InputError(
+                f"launch: {wanted} processes were started, but each believes to be one of {accelerator.num_processes}; "
+                "expected on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m scalefl ..."
+            )
+        kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if accelerator.distributed_type not in kinds:
+            raise InputError(
+                f"launch: distributed type {accelerator.distributed_type.value}; expected one process or DDP."
+            )
+        if accelerator.mixed_precision != precision:
+            raise RuntimeError(f"accelerate runs in {accelerator.mixed_precision}, {precision} was asked for")
+
+    @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    @property
+    def num_processes(self) -> int:
+        return self._accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        return self._accelerator.process_index
+
+    @property
+    def is_main(self) -> bool:
+        return self._accelerator.is_main_process
+
+    def session(self, model: nn.Module, run: RunConfig) -> Session:
+        return Session(self._accelerator, model, run)
+
+    def autocast(self) -> Any:
+        return self._accelerator.autocast()
+
+    def share(self, items: Sequence[int]) -> Sequence[int]:
+        """This rank's part of a list; the parts of all ranks in rank order are the list."""
+        per_rank = -(-len(items) // self.num_processes)
+        return items[self.rank * per_rank : (self.rank + 1) * per_rank]
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        """All ranks' rows in rank order, on every rank."""
+        return gather_object(rows) if self.num_processes > 1 else rows
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        return broadcast_object_list([value])[0] if self.num_processes > 1 else value
+
+    def broadcast_state(self, state: State) -> State:
+        """Rank 0's tensors, on every rank, in place; shapes and names agree beforehand."""
+        if self.num_processes > 1:
+            for name in sorted(state):
+                torch.distributed.broadcast(state[name], src=0)
+        return state
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank, so that all ranks stop at the same step."""
+        if self.num_processes == 1:
+            return flag
+        votes = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def start_trackers(self, config: Mapping[str, Any]) -> None:
+        """Trackers named by `--report-to`; a tracker that is not installed is an InputError."""
+        try:
+            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
+            self._accelerator.init_trackers("scalefl", config=plain)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"--report-to: {error}; expected an installed tracker such as tensorboard.") from error
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._accelerator.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        self._accelerator.end_training()
+
+
+class Session:
+    """One model and optimizer, prepared once and used for one client after another."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, run: RunConfig) -> None:
+        self._accelerator, self._run = accelerator, run
+        self._module = model.to(accelerator.device)
+        self._trainable = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        optimizer = make_optimizer(self._trainable.values(), run)
+        self._model, self._optimizer = accelerator.prepare(self._module, optimizer)
+        self._model.train()
+
+    def load(self, state: Mapping[str, Tensor], lr: float) -> None:
+        """Put a client's trainable state in place and forget everything about the client before it."""
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                parameter.copy_(state[name])
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.optimizer.state.clear()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], denominator: int) -> None:
+        """One optimizer step over this rank's micro-batches.
+
+        Each callable gives the summed loss of one micro-batch; `denominator` is the number of answer tokens of the
+        whole step over all ranks, which makes the result independent of how the step was divided.
+        """
+        scale = self._accelerator.num_processes / denominator  # DDP averages over ranks; we want the sum
+        for number, loss in enumerate(losses, start=1):
+            if number < len(losses):
+                with self._accelerator.no_sync(self._model):
+                    self._accelerator.backward(self._forward(loss) * scale)
+            else:
+                self._accelerator.backward(self._forward(loss) * scale)
+        if self._run.max_grad_norm is not None:
+            self._accelerator.clip_grad_norm_(self._trainable.values(), self._run.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _forward(self, loss: Callable[[nn.Module], Tensor]) -> Tensor:
+        with self._accelerator.autocast():
+            return loss(self._model)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self._accelerator.reduce(values, reduction="sum")
+
+    def delta(self, sent: Mapping[str, Tensor]) -> State:
+        """Trained minus sent, fp32 on the CPU."""
+        return {name: p.detach().to("cpu", torch.float32) - sent[name] for name, p in self._trainable.items()}
+
+    def close(self) -> None:
+        self._accelerator.free_memory(self._model, self._optimizer)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], run: RunConfig) -> torch.optim.Optimizer:
+    """A new optimizer; norms and biases decay like the rest, as in the original."""
+    if run.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay, fused=True)

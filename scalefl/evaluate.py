@@ -1,0 +1,161 @@
+"""Every level's every exit on held-out examples: rank or generate, then accuracy, kappa, grade error and loss.
+
+Shapes: B rows, A answers, M exits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_cohen_kappa, multiclass_confusion_matrix
+
+from scalefl.batches import Batcher, Candidates
+from scalefl.config.options import RunConfig
+from scalefl.contracts import State
+from scalefl.engine import Engine
+from scalefl.models.store import ResidentStore
+
+UNPARSABLE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitMetrics:
+    """One exit of one level. Closed answer sets only: all but `loss`, `exact_match` and `count`."""
+
+    count: int
+    loss: float
+    """Nats per answer token."""
+    exact_match: float | None = None
+    accuracy: float | None = None
+    balanced_accuracy: float | None = None
+    """Recall averaged over the classes present."""
+    kappa: float | None = None
+    """Quadratic weighted; None where it is undefined."""
+    mae: float | None = None
+    """Mean absolute error of the grade."""
+    unparsable: int = 0
+    """Generated answers outside the answer set: counted as wrong, with the largest error their grade allows."""
+
+
+class Evaluator:
+    """Evaluates sub-models of the current global state; shares the examples over the ranks."""
+
+    def __init__(
+        self,
+        *,
+        run: RunConfig,
+        engine: Engine,
+        store: ResidentStore,
+        batcher: Batcher,
+        answers: tuple[str, ...] | None,
+        processor: Any,
+    ) -> None:
+        self._run, self._engine, self._store, self._batcher = run, engine, store, batcher
+        self._answers, self._processor = answers, processor
+        self._candidates = (
+            None if answers is None else Candidates(ids=tuple(tuple(processor.encode_answer(a)) for a in answers))
+        )
+
+    def level(self, level: int, state: State, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Metrics of every exit of a level on these examples, shallowest first; the same on every rank."""
+        if self._run.eval_limit is not None:
+            ids = ids[: self._run.eval_limit]
+        model = self._store.submodel(level, state, own=False).eval()
+        rows: list[tuple[list[Any], list[float], list[int]]] = []
+        share = self._engine.share(ids)
+        with torch.inference_mode(), self._engine.autocast():
+            for start in range(0, len(share), self._run.eval_batch_size):
+                part = share[start : start + self._run.eval_batch_size]
+                rows += self._closed(model, part) if self._answers is not None else self._open(model, part)
+        rows = self._engine.gather(rows)
+        num_exits = self._store.slices[level].spec.depth
+        return [asdict(self._summary(ids, [tuple(c[e] for c in row) for row in rows])) for e in range(num_exits)]
+
+    def _closed(self, model: Any, ids: Sequence[int]) -> list[Any]:
+        """Per example: (predicted label, summed nats of the true answer, its tokens) at every exit."""
+        assert self._candidates is not None
+        inputs = self._batcher.scoring(ids, self._candidates)
+        scores_mba = torch.stack(
+            [
+                self._candidates.log_likelihoods(logits.unflatten(0, (len(ids), -1)))
+                for logits in model(**inputs).exit_logits
+            ]
+        )
+        labels = torch.tensor([self._batcher.examples[i].label for i in ids], device=scores_mba.device)
+        nats_mb = -scores_mba.gather(2, labels.view(1, -1, 1).expand(len(scores_mba), -1, 1)).squeeze(2)
+        predicted = (
+            scores_mba.argmax(-1).tolist() if self._run.scoring == "rank" else self._generated_labels(model, ids)
+        )
+        tokens = [len(self._candidates.ids[label]) for label in labels.tolist()]
+        return _by_example(predicted, nats_mb.tolist(), tokens)
+
+    def _open(self, model: Any, ids: Sequence[int]) -> list[Any]:
+        """As `_closed`, with 1 for an exact match and 0 for anything else in place of a label."""
+        batch = self._batcher.training(ids)
+        lengths = [self._batcher.num_answer_tokens([i]) for i in ids]
+        nats = []
+        for logits in model(**batch.inputs).exit_logits:
+            token_nats = torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+            nats.append([float(part.sum()) for part in token_nats.split(lengths)])
+        wanted = [self._batcher.examples[i].answer.strip() for i in ids]
+        texts = self._generated_texts(model, ids)
+        matches = [[int(text == answer) for text, answer in zip(row, wanted, strict=True)] for row in texts]
+        return _by_example(matches, nats, lengths)
+
+    def _generated_labels(self, model: Any, ids: Sequence[int]) -> list[list[int]]:
+        assert self._answers is not None
+        known = {answer: label for label, answer in enumerate(self._answers)}
+        return [[known.get(text, UNPARSABLE) for text in row] for row in self._generated_texts(model, ids)]
+
+    def _generated_texts(self, model: Any, ids: Sequence[int]) -> list[list[str]]:
+        """Greedy answers (M, B)."""
+        longest = max(self._batcher.num_answer_tokens([i]) for i in ids)
+        if self._candidates is not None:
+            longest = max(map(len, self._candidates.ids))
+        inputs = self._batcher.prompts(ids)
+        width, texts = inputs["input_ids"].shape[1], []
+        for exit in range(1, len(model.config.exit_layers) + 1):
+            out = model.generate(**inputs, exit=exit, max_new_tokens=longest + 2, do_sample=False)
+            texts.append([self._processor.decode_answer(row) for row in out[:, width:].tolist()])
+        return texts
+
+    def _summary(self, ids: Sequence[int], rows: list[tuple[int, float, int]]) -> ExitMetrics:
+        predicted = torch.tensor([row[0] for row in rows])
+        loss = sum(row[1] for row in rows) / max(sum(row[2] for row in rows), 1)
+        if self._answers is None:
+            return ExitMetrics(count=len(ids), loss=loss, exact_match=float(predicted.float().mean()))
+        labels = torch.tensor([self._batcher.examples[i].label for i in ids])
+        return grade_metrics(predicted, labels, len(self._answers), loss)
+
+
+def _by_example(predicted: list[list[int]], nats: list[list[float]], tokens: list[int]) -> list[Any]:
+    exits = range(len(predicted))
+    return [
+        ([predicted[e][b] for e in exits], [nats[e][b] for e in exits], [tokens[b]] * len(exits))
+        for b in range(len(tokens))
+    ]
+
+
+def grade_metrics(predicted_b: Tensor, labels_b: Tensor, num_classes: int, loss: float) -> ExitMetrics:
+    """Metrics of predicted against true labels; `UNPARSABLE` counts as the label farthest from the truth."""
+    unparsable = predicted_b == UNPARSABLE
+    farthest = torch.where(labels_b * 2 < num_classes - 1, num_classes - 1, 0)
+    predicted_b = torch.where(unparsable, farthest, predicted_b)
+    confusion = multiclass_confusion_matrix(predicted_b, labels_b, num_classes).double()
+    present = confusion.sum(1) > 0
+    recall = confusion.diagonal()[present] / confusion.sum(1)[present]
+    kappa = float(multiclass_cohen_kappa(predicted_b, labels_b, num_classes, weights="quadratic"))
+    return ExitMetrics(
+        count=len(labels_b),
+        loss=loss,
+        accuracy=float((predicted_b == labels_b).double().mean()),
+        balanced_accuracy=float(recall.mean()),
+        kappa=None if math.isnan(kappa) else kappa,
+        mae=float((predicted_b - labels_b).abs().double().mean()),
+        unparsable=int(unparsable.sum()),
+    )

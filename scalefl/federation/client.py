@@ -1,0 +1,140 @@
+"""One client's round: its examples, in its order, on a sub-model that is already prepared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scalefl.batches import Batch, Batcher, draw_shifts, step_order
+from scalefl.config.options import RunConfig
+from scalefl.contracts import ClientTask, ClientUpdate, InputError
+from scalefl.engine import Engine, Session
+from scalefl.objective import answer_prior_adjustment, exit_losses
+from scalefl.seeding import derive, numpy_rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientTrainer:
+    """What stays the same for every client of a run."""
+
+    run: RunConfig
+    engine: Engine
+    batcher: Batcher
+    answer_ids: tuple[tuple[int, ...], ...] | None
+    """The closed answer set as token ids; None where answers are open or logits are not adjusted."""
+    vocab_size: int
+    check_stop: Callable[[], None]
+    """Called before every step by all ranks; raises if the run is to stop."""
+    on_step: Callable[[ClientTask, int, int, float], None]
+    """(task, step, steps, loss) after every step."""
+
+    def train(self, session: Session, task: ClientTask, sent: Mapping[str, Tensor], lr: float) -> ClientUpdate:
+        """Train one client from the state it was `sent` and return the change."""
+        run, started = self.run, time.perf_counter()
+        session.load(sent, lr)
+        labels = [self.batcher.examples[i].label for i in task.example_ids]
+        draws = numpy_rng(run.seed, "batches", round=task.round, client=task.client)
+        steps = step_order(
+            task.example_ids,
+            labels,
+            batch_size=run.batch_size,
+            num_epoch=run.num_epoch,
+            local_steps=run.local_steps,
+            balanced=run.balanced_sampling,
+            rng=draws,
+        )
+        shifts = draw_shifts(sum(map(len, steps)), draws) if run.augment else None
+        objective = self._objective(task, labels)
+        seen, loss_sum, tokens = 0, 0.0, 0
+        with torch.random.fork_rng(devices=[self.engine.device] if self.engine.device.type == "cuda" else []):
+            torch.manual_seed(derive(run.seed, "dropout", round=task.round, client=task.client))
+            for number, ids in enumerate(steps, start=1):
+                self.check_stop()
+                step_shifts = None if shifts is None else shifts[seen : seen + len(ids)]
+                step_tokens = self.batcher.num_answer_tokens(ids)
+                losses = [objective.bind(batch) for batch in self._micro_batches(ids, step_shifts)]
+                session.step(losses, step_tokens)
+                step_loss = float(session.sum_over_ranks(objective.take_loss()))
+                seen, loss_sum, tokens = seen + len(ids), loss_sum + step_loss, tokens + step_tokens
+                self.on_step(task, number, len(steps), step_loss / step_tokens)
+        return ClientUpdate(
+            client=task.client,
+            level=task.level,
+            delta=session.delta(sent) if self.engine.is_main else {},
+            num_examples=len(task.example_ids),
+            metrics={
+                "loss": loss_sum / max(tokens, 1),
+                "steps": len(steps),
+                "seconds": time.perf_counter() - started,
+            },
+        )
+
+    def _micro_batches(self, ids: Sequence[int] | np.ndarray, shifts: np.ndarray | None) -> list[Batch]:
+        """This rank's share of a step. Every rank gets as many micro-batches; those beyond its share predict nothing."""
+        size, ranks = micro_batch_size(self.run, self.engine.num_processes), self.engine.num_processes
+        rounds = -(-len(ids) // (size * ranks))
+        batches = []
+        for number in range(rounds):
+            start = (number * ranks + self.engine.rank) * size
+            part = slice(start, start + size)
+            batches.append(self.batcher.training(ids[part], None if shifts is None else shifts[part]))
+        return batches
+
+    def _objective(self, task: ClientTask, labels: Sequence[int | None]) -> Objective:
+        table = None
+        if self.answer_ids is not None:
+            counts = [sum(label == a for label in labels) for a in range(len(self.answer_ids))]
+            table = answer_prior_adjustment(counts, self.answer_ids, self.vocab_size).to(self.engine.device)
+        distilling = task.round > self.run.KD_start * self.run.num_rounds
+        return Objective(
+            distill_weight=self.run.KD_gamma if distilling else 0.0, temperature=self.run.KD_T, table=table
+        )
+
+
+class Objective:
+    """The loss of one micro-batch as a function of the model; keeps the deepest exit's cross-entropy for reports."""
+
+    def __init__(self, *, distill_weight: float, temperature: float, table: Tensor | None) -> None:
+        self._distill_weight, self._temperature, self._table = distill_weight, temperature, table
+        self._loss: list[Tensor] = []
+
+    def bind(self, batch: Batch) -> Callable[[nn.Module], Tensor]:
+        def loss(model: nn.Module) -> Tensor:
+            logits = model(**batch.inputs).exit_logits
+            adjustment = None if self._table is None else self._table[batch.labels, batch.steps]
+            total, cross_entropies = exit_losses(
+                logits,
+                batch.targets,
+                distill_weight=self._distill_weight,
+                temperature=self._temperature,
+                adjustment_nv=adjustment,
+            )
+            self._loss.append(cross_entropies[-1])
+            return total
+
+        return loss
+
+    def take_loss(self) -> Tensor:
+        """Summed cross-entropy of the deepest exit since the last call."""
+        loss, self._loss = torch.stack(self._loss).sum(), []
+        return loss
+
+
+def micro_batch_size(run: RunConfig, num_processes: int) -> int:
+    """Examples per process and forward pass.
+
+    Raises InputError where `--batch-size` cannot be shared equally; it names sizes that can.
+    """
+    size = run.micro_batch_size or run.batch_size // num_processes
+    if size < 1 or run.batch_size % (size * num_processes):
+        unit = max(size, 1) * num_processes
+        raise InputError(
+            f"--batch-size {run.batch_size} cannot be shared by {num_processes} processes in micro-batches of "
+            f"{max(size, 1)}; expected a multiple of {unit}, such as {-(-run.batch_size // unit) * unit}, or fewer processes."
+        )
+    return size

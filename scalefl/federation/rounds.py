@@ -1,0 +1,210 @@
+"""The round loop: sample a cohort, train it, merge, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalefl import checkpoint
+from scalefl.checkpoint import Partial, Progress
+from scalefl.config.options import RunConfig
+from scalefl.console import Display
+from scalefl.contracts import ClientTask, ClientUpdate, Interrupted, State
+from scalefl.federation.client import ClientTrainer
+from scalefl.federation.records import RunFolder
+from scalefl.federation.setup import Federation
+from scalefl.federation.stop import StopSignal
+from scalefl.models.store import WHOLE
+from scalefl.registry import resolve
+from scalefl.report import selection_value, summary
+from scalefl.seeding import numpy_rng
+
+log = logging.getLogger("scalefl")
+
+
+def run_rounds(federation: Federation, progress: Progress, folder: RunFolder, display: Display) -> Progress:
+    """Every round that `progress` has not seen yet.
+
+    Raises Interrupted on Ctrl-C and SIGTERM, after writing a checkpoint to go on from.
+    """
+    with StopSignal(federation.engine) as stop:
+        loop = RoundLoop(federation, folder, display, stop)
+        while progress.round < federation.run.num_rounds:
+            progress = loop.round(progress)
+    return progress
+
+
+class RoundLoop:
+    def __init__(self, federation: Federation, folder: RunFolder, display: Display, stop: StopSignal) -> None:
+        self._fed, self._run, self._engine = federation, federation.run, federation.engine
+        self._folder, self._display, self._stop = folder, display, stop
+        self._aggregation = resolve("aggregation", self._run.aggregation)
+        trainer = ClientTrainer(
+            run=self._run,
+            engine=self._engine,
+            batcher=federation.batchers["train"],
+            answer_ids=federation.answer_ids if federation.adjusts_logits else None,
+            vocab_size=federation.store.vocab_size,
+            check_stop=stop.check,
+            on_step=self._on_step,
+        )
+        self._executor = resolve("executor", self._run.executor)(trainer, federation.store)
+        self._clients_done = 0
+
+    def round(self, before: Progress) -> Progress:
+        """One round: from the progress before it to the progress after it, checkpointed."""
+        number, started, store = before.round + 1, time.perf_counter(), self._fed.store
+        tasks = sample_cohort(self._run, number, self._fed.clients, self._fed.client_levels)
+        lr = learning_rate(self._run, number)
+        plans = {level: part.trainable_plan for level, part in store.slices.items()}
+        merge = self._aggregation(before.state, plans, self._run.weighting)
+        clients: list[dict[str, Any]] = []
+        if before.partial is not None:
+            merge.sums, clients = before.partial.sums, list(before.partial.clients)
+        finished = {record["client"] for record in clients}
+        self._clients_done = len(finished)
+        self._display.round_starts(number, self._run.num_rounds, len(tasks))
+        saved_at = time.monotonic()
+        try:
+            for update in self._executor.train([t for t in tasks if t.client not in finished], before.state, lr):
+                clients.append(self._merge(merge, update))
+                self._clients_done = len(clients)
+                if time.monotonic() - saved_at > self._run.save_every_seconds:
+                    self._save(dataclasses.replace(before, partial=Partial(sums=merge.sums, clients=clients)))
+                    saved_at = time.monotonic()
+            state = self._merged(merge, before.state)
+            evaluation = self._evaluate(number, state)
+        except Interrupted:
+            self._save(dataclasses.replace(before, partial=Partial(sums=merge.sums, clients=clients)))
+            raise
+        finally:
+            self._display.stop()
+        best = self._best(before.best, number, evaluation)
+        record = self._record(number, lr, clients, evaluation, time.perf_counter() - started)
+        self._display.line(_round_line(record, self._run.num_rounds))
+        metrics_bytes = self._folder.append_metrics(record, at=before.metrics_bytes)
+        self._track(record)
+        after = dataclasses.replace(
+            before, state=state, round=number, best=best, metrics_bytes=metrics_bytes, partial=None
+        )
+        self._save(after)
+        return after
+
+    def _merge(self, merge: Any, update: ClientUpdate) -> dict[str, Any]:
+        """Add an update to the sums unless it holds a value that is not finite; the client's record."""
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in update.delta.values())
+        if not finite:
+            log.warning("client %d (level %d): update is not finite and was dropped", update.client, update.level)
+        elif self._engine.is_main:
+            merge.add(update)
+        return {
+            "client": update.client,
+            "level": update.level,
+            "examples": update.num_examples,
+            "dropped": not finite,
+            **update.metrics,
+        }
+
+    def _merged(self, merge: Any, before: State) -> State:
+        """Rank 0 merges, every rank gets the result."""
+        state = merge.finish() if self._engine.is_main else {name: torch.empty_like(t) for name, t in before.items()}
+        return self._engine.broadcast_state(state)
+
+    def _evaluate(self, number: int, state: State) -> dict[str, Any] | None:
+        if number % self._run.eval_every and number != self._run.num_rounds:
+            return None
+        split = "val" if self._run.use_valid else "test"
+        return {"split": split, "levels": evaluate_levels(self._fed, split, state, self._stop.check)}
+
+    def _best(self, best: dict[str, Any] | None, number: int, evaluation: dict[str, Any] | None) -> Any:
+        """The validation split chooses; the test split never does."""
+        if evaluation is None or evaluation["split"] != "val":
+            return best
+        value = selection_value(evaluation["levels"])
+        return {"round": number, "value": value} if best is None or value > best["value"] else best
+
+    def _record(
+        self, number: int, lr: float, clients: list[dict[str, Any]], evaluation: Any, seconds: float
+    ) -> dict[str, Any]:
+        kept = [c for c in clients if not c["dropped"]]
+        if not kept:
+            log.warning("round %d: every update was dropped; the model stays as it was", number)
+        weight = sum(c["examples"] for c in kept)
+        slice_bytes = {level: self._fed.store.slice_bytes(level) for level in self._fed.store.slices}
+        return {
+            "round": number,
+            "lr": lr,
+            "train_loss": sum(c["loss"] * c["examples"] for c in kept) / weight if kept else None,
+            "dropped": len(clients) - len(kept),
+            "bytes_down": sum(slice_bytes[c["level"]] for c in clients),
+            "bytes_up": sum(slice_bytes[c["level"]] for c in clients),
+            "seconds": seconds,
+            "clients": clients,
+            "evaluation": evaluation,
+        }
+
+    def _track(self, record: dict[str, Any]) -> None:
+        values = {key: record[key] for key in ("lr", "train_loss", "seconds") if record[key] is not None}
+        for level, exits in (record["evaluation"] or {}).get("levels", {}).items():
+            for exit, metrics in enumerate(exits, start=1):
+                values |= {
+                    f"{record['evaluation']['split']}/level{level}/exit{exit}/{name}": value
+                    for name, value in metrics.items()
+                    if value is not None
+                }
+        self._engine.log(values, step=record["round"])
+
+    def _save(self, progress: Progress) -> None:
+        if self._engine.is_main:
+            checkpoint.save(self._folder.checkpoints, progress, self._run.keep_last, self._fed.write_config)
+
+    def _on_step(self, task: ClientTask, step: int, steps: int, loss: float) -> None:
+        self._display.client_step(task.client, task.level, self._clients_done, step, steps, loss)
+
+
+def evaluate_levels(federation: Federation, split: str, state: State, check_stop: Any) -> dict[str, Any]:
+    """Level -> metrics of every exit, for every level that has held-out examples."""
+    results = {}
+    for level, ids in federation.held_out[split].items():
+        check_stop()
+        if ids:
+            results[str(level)] = federation.evaluator[split].level(level, state, ids)
+    return results
+
+
+def sample_cohort(
+    run: RunConfig, number: int, clients: Sequence[tuple[int, ...]], client_levels: Sequence[int]
+) -> list[ClientTask]:
+    """The tasks of one round: `sample_rate` of the clients, at least one, drawn by seed and round."""
+    size = max(1, math.floor(run.sample_rate * run.num_clients + 0.5))
+    chosen = numpy_rng(run.seed, "cohort", round=number).choice(run.num_clients, size=size, replace=False)
+    return [
+        ClientTask(client=int(c), level=client_levels[c], round=number, example_ids=clients[c]) for c in sorted(chosen)
+    ]
+
+
+def learning_rate(run: RunConfig, number: int) -> float:
+    """Learning rate of a round, counted from 1."""
+    done = number - 1
+    if run.lr_schedule == "multistep":
+        return run.lr * run.lr_gamma ** sum(done >= milestone for milestone in run.lr_milestones)
+    if run.lr_schedule == "exponential":
+        return run.lr * run.lr_gamma**done
+    if run.lr_schedule == "cosine":
+        return run.lr * 0.5 * (1 + math.cos(math.pi * done / run.num_rounds))
+    return run.lr
+
+
+def _round_line(record: dict[str, Any], num_rounds: int) -> str:
+    loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.3f}"
+    text = f"round {record['round']}/{num_rounds}  {record['seconds']:.1f} s  loss {loss}"
+    if record["evaluation"] is not None:
+        text += f"  {record['evaluation']['split']} by level: {summary(record['evaluation']['levels'])}"
+    return text + (f"  {record['dropped']} updates dropped" if record["dropped"] else "")

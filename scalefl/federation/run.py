@@ -1,0 +1,144 @@
+"""A whole run: build, print what was built, do the rounds, report. And the evaluation of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from scalefl import checkpoint
+from scalefl.checkpoint import Progress
+from scalefl.config.modelfile import ModelFile
+from scalefl.config.options import RunConfig
+from scalefl.config.saved import save_config, to_dict
+from scalefl.console import Display
+from scalefl.contracts import InputError, State
+from scalefl.data.partition import describe
+from scalefl.federation.records import RunFolder
+from scalefl.federation.rounds import evaluate_levels, run_rounds
+from scalefl.federation.setup import Federation, build
+from scalefl.models.cost import level_cost
+from scalefl.report import levels_by_exits
+
+
+def train(run: RunConfig, model_file: ModelFile) -> None:
+    """Start or resume a run; a finished run is reported again and left as it is."""
+    if run.evaluate_from is not None:
+        return evaluate(run, model_file)
+    progress = _earlier_progress(run)
+    federation = build(run, model_file)
+    engine = federation.engine
+    display = Display(speaks=engine.is_main, print_freq=run.print_freq)
+    folder = RunFolder(run.save_path, writes=engine.is_main)
+    if progress is None:
+        progress = Progress(state=federation.initial_state)
+    else:
+        _check_same_parameters(progress, federation.initial_state, run.resume or "")
+        display.line(f"resuming after round {progress.round} of {run.num_rounds}")
+    results = folder.read_results()
+    if results is not None and progress.round >= run.num_rounds and results["rounds"] == run.num_rounds:
+        display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
+        _print_results(display, folder, results)
+        return
+    folder.write_config(lambda path: save_config(path, run, model_file))
+    _print_setup(display, federation)
+    engine.start_trackers(to_dict(run))
+    progress = run_rounds(federation, progress, folder, display)
+    results = _final_results(federation, folder, progress)
+    folder.write_results(results)
+    _print_results(display, folder, results)
+    engine.finish()
+
+
+def evaluate(run: RunConfig, model_file: ModelFile) -> None:
+    """Evaluate `run.evaluate_from` on the validation and test splits, without training or writing."""
+    assert run.evaluate_from is not None
+    progress = checkpoint.load(Path(run.evaluate_from))
+    federation = build(run, model_file, processor_from=run.evaluate_from)
+    _check_same_parameters(progress, federation.initial_state, run.evaluate_from)
+    display = Display(speaks=federation.engine.is_main, print_freq=run.print_freq)
+    for split in ("val", "test"):
+        evaluation = evaluate_levels(federation, split, progress.state, lambda: None)
+        if evaluation:
+            display.table(
+                f"{federation.data.name} {split}, {run.evaluate_from}, {run.evalmode} evaluation, {run.scoring} scoring",
+                *levels_by_exits(evaluation),
+            )
+
+
+def _earlier_progress(run: RunConfig) -> Progress | None:
+    """The checkpoint to go on from. A folder that holds a run is not written over."""
+    folder = Path(run.resume or run.save_path)
+    progress = checkpoint.load_latest(folder / "checkpoints")
+    if progress is None:
+        return None
+    if run.resume is None:
+        raise InputError(
+            f"--save_path {run.save_path}: holds a run already (round {progress.round} done); "
+            f"expected --resume to go on with it, or another --save_path."
+        )
+    return progress
+
+
+def _check_same_parameters(progress: Progress, initial: State, source: str) -> None:
+    """A checkpoint of another architecture is refused by the first parameter that differs."""
+    for name in sorted(progress.state.keys() | initial.keys()):
+        got, expected = (tuple(s[name].shape) if name in s else "nothing" for s in (progress.state, initial))
+        if got != expected:
+            raise InputError(
+                f"{source}: checkpoint of another architecture: {name} has shape {got}, this run's model expects "
+                f"{expected}; use the --cfg-path, --tuning and --lora_r it was trained with."
+            )
+
+
+def _final_results(federation: Federation, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Test results of the best checkpoint by validation, or of the last round where there is no validation."""
+    selected, state = progress.round, progress.state
+    if progress.best is not None and progress.best["round"] != progress.round:
+        selected = progress.best["round"]
+        if federation.engine.is_main:
+            state = checkpoint.load(folder.checkpoints / f"round-{selected:04d}").state
+        state = federation.engine.broadcast_state(state)
+    return {
+        "rounds": progress.round,
+        "selected_round": selected,
+        "selected_by": "validation" if progress.best is not None else "last round",
+        "split": "test",
+        "evalmode": federation.run.evalmode,
+        "data": federation.data.name,
+        "levels": evaluate_levels(federation, "test", state, lambda: None),
+    }
+
+
+def _print_setup(display: Display, federation: Federation) -> None:
+    run, store, data = federation.run, federation.store, federation.data
+    counts = ", ".join(f"{name} {len(examples)}" for name, examples in data.splits.items())
+    display.line(
+        f"{data.name}: {counts} examples; {run.num_clients} clients; {run.arch}, --tuning {run.tuning}, "
+        f"--recipe {run.recipe}; {federation.engine.num_processes} process(es) on {federation.engine.device}"
+    )
+    example = federation.batchers["train"].training([0]).inputs
+    rows = []
+    for level in store.levels:
+        spec, cost = store.slices[level].spec, level_cost(store, level, example)
+        count = federation.client_levels.count(level)
+        kept = " ".join(f"{axis}={units}" for axis, units in spec.kept.items())
+        rows.append(
+            [f"level {level}", count, f"{spec.width_ratio:g}", spec.depth, f"{cost.parameters:,}", f"{cost.trainable:,}"]
+            + [f"{cost.macs / 1e6:,.1f} M", f"{cost.bytes_each_way / 1e6:.2f} MB", kept]
+        )
+    columns = ["level", "clients", "width", "exits", "parameters", "trainable", "MACs/example", "up = down", "keeps"]
+    display.table("levels", columns, rows)
+    counts = describe(data.splits["train"], federation.clients, data.answers)
+    rows = [
+        [f"client {c.client}", federation.client_levels[c.client], c.patients, c.examples, *c.by_label] for c in counts
+    ]
+    display.table("clients", ["client", "level", "patients", "examples", *(data.answers or ())], rows)
+
+
+def _print_results(display: Display, folder: RunFolder, results: dict[str, Any]) -> None:
+    title = f"{results['data']} {results['split']}, round {results['selected_round']} ({results['selected_by']})"
+    display.table(title, *levels_by_exits(results["levels"]))
+    display.line(f"results      {folder.results}")
+    display.line(f"rounds       {folder.metrics}")
+    display.line(f"config       {folder.path / 'run.json'}")
+    display.line(f"checkpoint   {folder.checkpoints / 'round-{:04d}'.format(results['selected_round'])}")

@@ -1,0 +1,35 @@
+"""Sequential executor: all ranks train one client at a time; clients of one level share one sub-model and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from scalefl.contracts import ClientTask, ClientUpdate, State
+from scalefl.federation.client import ClientTrainer
+from scalefl.models.store import ResidentStore
+
+
+class Sequential:
+    def __init__(self, trainer: ClientTrainer, store: ResidentStore) -> None:
+        self._trainer, self._store = trainer, store
+
+    def order(self, tasks: Sequence[ClientTask]) -> list[ClientTask]:
+        """Tasks grouped by level, so that a sub-model is built once per level and round."""
+        return sorted(tasks, key=lambda task: (task.level, task.client))
+
+    def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[ClientUpdate]:
+        """Train every task and yield its update as soon as it is there; on ranks other than 0 deltas are empty."""
+        engine = self._trainer.engine
+        ordered = self.order(tasks)
+        for level in dict.fromkeys(task.level for task in ordered):
+            sent = self._store.level_state(level, global_state)
+            model = self._store.submodel(level, global_state, own=True)
+            if self._trainer.run.gradient_checkpointing:
+                model.gradient_checkpointing_enable()
+            session = engine.session(model, self._trainer.run)
+            try:
+                for task in ordered:
+                    if task.level == level:
+                        yield self._trainer.train(session, task, sent, lr)
+            finally:
+                session.close()

@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM become a request that the round loop meets at the next step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from scalefl.contracts import Interrupted
+from scalefl.engine import Engine
+
+
+class StopSignal:
+    """Context manager: the first signal asks for a stop, a second Ctrl-C interrupts at once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self._received = number
+
+    def check(self) -> None:
+        """Raise Interrupted on every rank if any rank got a signal: all ranks must leave at the same step."""
+        if self._engine.any(self._received is not None):
+            raise Interrupted(self._received or signal.SIGTERM)

@@ -1,0 +1,62 @@
+"""LoRA on any family: the only importer of peft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from scalefl.slicing.layout import LayoutTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    """Last name parts of the language model's linear layers, such as "q_proj"."""
+
+
+def add_lora(model: nn.Module, spec: LoraSpec) -> None:
+    """Wrap the targeted layers of the language model in place; B starts at zero, so the model's output stays."""
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=rf"language_model\..*\.({'|'.join(spec.targets)})",
+    )
+    inject_adapter_in_model(config, model)
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def adapter_layouts(base: LayoutTable, spec: LoraSpec) -> LayoutTable:
+    """The family's table after `add_lora`: each target's weight moves to `base_layer`, and A and B join it."""
+    table = []
+    for pattern, layout in base:
+        target = pattern.removesuffix(".weight").rsplit(".", 1)[-1]
+        if target not in spec.targets or not pattern.startswith("language_model."):
+            table.append((pattern, layout))
+            continue
+        stem = pattern.removesuffix(".weight")
+        output, input_ = _dimensions(layout)
+        table += [
+            (f"{stem}.base_layer.weight", layout),
+            (f"{stem}.lora_A.default.weight", f"{spec.rank} {input_}"),
+            (f"{stem}.lora_B.default.weight", f"{output} {spec.rank}"),
+        ]
+    return table
+
+
+def _dimensions(layout: str) -> tuple[str, str]:
+    """`"(heads head_dim) embed"` -> `("(heads head_dim)", "embed")`."""
+    if layout.startswith("("):
+        output, _, rest = layout.partition(")")
+        return output + ")", rest.strip()
+    output, _, rest = layout.partition(" ")
+    return output, rest

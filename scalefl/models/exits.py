@@ -1,0 +1,63 @@
+"""Early exits of a Llama decoder: hidden states after chosen layers, each with its own norm before one head.
+
+Shapes: B batch, L positions, D hidden, N predicted positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaModel
+
+
+def hidden_at_exits(
+    decoder: LlamaModel,
+    embeds_bld: Tensor,
+    exit_layers: Sequence[int],
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> list[Tensor]:
+    """Hidden states (B, L, D) after each of `exit_layers` (counted from 1), before any norm.
+
+    Layers beyond the last one asked for are not computed. `attention_mask` is (B, L) with 1 = real, or an
+    already prepared (B, 1, L, L) mask. Follows `LlamaModel.forward` of transformers 5.
+    """
+    if position_ids is None:
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = (torch.arange(embeds_bld.shape[1], device=embeds_bld.device) + seen).unsqueeze(0)
+    mask = create_causal_mask(
+        config=decoder.config,
+        inputs_embeds=embeds_bld,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=None,  # only used to look for packed sequences, which stalls a GPU and which we never build
+    )
+    rotary = decoder.rotary_emb(embeds_bld, position_ids=position_ids)
+    hidden_bld, at_exits = embeds_bld, []
+    for number, layer in enumerate(decoder.layers[: exit_layers[-1]], start=1):
+        hidden_bld = layer(
+            hidden_bld,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
+        if number in exit_layers:
+            at_exits.append(hidden_bld)
+    return at_exits
+
+
+def logits_at(hidden_bld: Tensor, predict_at_n: Tensor, norm: nn.Module, head: nn.Module) -> Tensor:
+    """Logits (N, V) of one exit at flat positions `b * L + l`: the head never sees the other positions."""
+    return head(norm(hidden_bld.flatten(0, 1).index_select(0, predict_at_n)))
+
+
+def new_cache(decoder: LlamaModel) -> Cache:
+    return DynamicCache(config=decoder.config)

@@ -1,0 +1,126 @@
+"""Text and images in, token ids and pixels out: MiniGPT-v2's prompt, and a tokenizer made without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import BatchFeature, BlipImageProcessorPil, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+IMAGE_PLACEHOLDER = "<ImageHere>"
+IMAGE_SLOT = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_PLACEHOLDER)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the run's own prompts and answers: offline, deterministic, and able to write any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(set(texts)), trainer=trainer)
+    unk, bos, eos, pad, _ = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad, padding_side="left"
+    )
+
+
+class MiniGPTv2Processor(ProcessorMixin):
+    """`processor(images=, text=)` -> `input_ids`, `attention_mask`, `pixel_values`.
+
+    The text is segmented at `<ImageHere>` and each segment tokenised alone, as upstream does: tokens never merge
+    across an image. The image token stands `num_image_tokens` times where the image goes.
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: BlipImageProcessorPil | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        num_image_tokens: int = 256,
+        image_token_id: int = 4,
+        prompt_template: str = "[INST] {} [/INST]",
+        end_sym: str = "</s>",
+        **kwargs: Any,
+    ) -> None:
+        self.num_image_tokens = num_image_tokens
+        self.image_token_id = image_token_id
+        self.prompt_template = prompt_template
+        self.end_sym = end_sym
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def encode_text(self, text: str) -> list[int]:
+        """BOS and the ids of a whole prompt."""
+        ids = [self.tokenizer.bos_token_id]
+        for number, segment in enumerate(text.split(IMAGE_PLACEHOLDER)):
+            if number:
+                ids += [self.image_token_id] * self.num_image_tokens
+            ids += self._segment_ids(segment)
+        return ids
+
+    def encode_question(self, question: str) -> list[int]:
+        """BOS and the ids of the prompt that asks `question` about one image."""
+        return self.encode_text(self.prompt_template.format(IMAGE_SLOT + question))
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Ids of an answer with its end symbol."""
+        return self._segment_ids(answer + self.end_sym)
+
+    def _segment_ids(self, segment: str) -> list[int]:
+        return self.tokenizer.encode(segment, add_special_tokens=False) if segment else []
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """Text before the end symbol."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).split(self.end_sym)[0].strip()
+
+    def resize(self, image: Image) -> Tensor:
+        """An image as uint8 (channels, height, width) at the model's size, not yet normalised; grey stays 1 channel."""
+        size = self.image_processor.size
+        resized = image.resize((size["width"], size["height"]), resample=self.image_processor.resample)
+        pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
+        return pixels.view(size["height"], size["width"], -1).permute(2, 0, 1).contiguous()
+
+    def normalise(self, pixels_bchw: Tensor) -> Tensor:
+        """uint8 pixels -> what the vision tower sees, fp32, 3 channels."""
+        mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
+        std = torch.tensor(self.image_processor.image_std).view(3, 1, 1)
+        return (pixels_bchw.float() / 255 - mean) / std
+
+    def __call__(
+        self, images: Image | Sequence[Image] | None = None, text: str | Sequence[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Left-padded prompts ready for `generate`, and normalised pixels."""
+        features: dict[str, Tensor] = {}
+        if text is not None:
+            rows = [self.encode_text(t) for t in ([text] if isinstance(text, str) else text)]
+            features = pad_rows(rows, self.tokenizer.pad_token_id, left=True)
+        if images is not None:
+            batch = [images] if isinstance(images, Image) else list(images)
+            three = [image.convert("RGB") for image in batch]
+            features["pixel_values"] = self.normalise(torch.stack([self.resize(image) for image in three]))
+        return BatchFeature(features)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> dict[str, Tensor]:
+    """`input_ids` (B, L) and `attention_mask` (B, L; 1 = real) of rows of different lengths."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for ids_row, mask_row, row in zip(ids, mask, rows, strict=True):
+        place = slice(longest - len(row), None) if left else slice(0, len(row))
+        ids_row[place] = torch.tensor(row)
+        mask_row[place] = 1
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,45 @@
+"""Results -> the table of levels x exits that a run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from scalefl.models.store import WHOLE
+
+Evaluation = Mapping[str, Any]
+"""Level (as text) -> metrics of each exit, shallowest first."""
+
+
+def levels_by_exits(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: each level's every exit, its deepest last."""
+    closed = any(e["accuracy"] is not None for exits in evaluation.values() for e in exits)
+    metrics = (
+        ("balanced accuracy", "accuracy", "kappa", "mae", "loss") if closed else ("exact match", "loss")
+    )
+    rows = []
+    for level, exits in evaluation.items():
+        for number, values in enumerate(exits, start=1):
+            name = "whole model" if int(level) == WHOLE else f"level {level}"
+            cells = [_cell(values[metric.replace(" ", "_")]) for metric in metrics]
+            rows.append([name, str(number), *cells, str(values["count"])])
+    return ["level", "exit", *metrics, "examples"], rows
+
+
+def summary(evaluation: Evaluation) -> str:
+    """One figure per level: balanced accuracy (exact match in an open answer set) at its deepest exit."""
+    figures = (exits[-1]["balanced_accuracy"] or exits[-1]["exact_match"] for exits in evaluation.values())
+    return " ".join(_cell(figure) for figure in figures)
+
+
+def selection_value(evaluation: Evaluation) -> float:
+    """What chooses the best checkpoint: the mean over levels of balanced accuracy at the deepest exit."""
+    values = [
+        exits[-1]["exact_match"] if exits[-1]["balanced_accuracy"] is None else exits[-1]["balanced_accuracy"]
+        for exits in evaluation.values()
+    ]
+    return sum(values) / len(values)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

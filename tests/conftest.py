@@ -1,0 +1,48 @@
+"""Fixtures shared by the tests of the data sets."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+GRADES = ("none", "doubtful", "minimal", "moderate", "severe")
+
+
+@pytest.fixture(scope="session")
+def knee_run() -> Callable[..., Any]:
+    """A function from changed options to the part of a run's config that the loaders of data sets read."""
+
+    def make(**changes: Any) -> SimpleNamespace:
+        defaults = {
+            "data_root": None,
+            "annotations": None,
+            "skip_bad_images": False,
+            "question": "What is the grade?",
+            "answers": GRADES,
+            "workers": 2,
+            "seed": 0,
+            "num_patients": 40,
+        }
+        return SimpleNamespace(**{**defaults, **{name: _plain(value) for name, value in changes.items()}})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def kneexray_root() -> Path:
+    """The folder of real radiographs, below SCALEFL_TEST_DATA or in ../shared/data beside the repository."""
+    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("SCALEFL_TEST_DATA", shared)) / "kneexray"
+    if not root.is_dir():
+        reason = f"no real radiographs at {root}; set SCALEFL_TEST_DATA to the folder that holds kneexray/"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return root
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
