@@ -32,12 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log_to_stderr()
         run, model_file = resolve(command.flags, command.config_file)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
-        from scalefl.federation import rounds
+        from scalefl.federation.run import train
 
-        if run.evaluate_from:
-            rounds.evaluate_only(run, model_file)
-        else:
-            rounds.train(run, model_file)
+        train(run, model_file)
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Laws of decoding: every supported file becomes 8-bit "L" or "RGB", every other one is named with a reason."""
+"""Laws of decoding: every supported file becomes 8-bit "L" or "RGB", any other is named with a reason."""
 
 import struct
 import zlib

@@ -25,7 +25,7 @@ NUM_SITES = 4
 
 
 def knees(labels: Sequence[int | None], prefix: str = "p") -> list[Example]:
-    """Two knees for each label: the patient's, and one lower where there is one. All left knees come first."""
+    """Two knees for each label: of that grade, and one lower where there is one. Left knees come first."""
     return [
         Example(
             image_key=f"{prefix}{number}{side}",
@@ -184,7 +184,7 @@ def test_largest_remainder_sums_up_and_stays_within_one_of_proportional(
 
 
 def test_held_out_labels_follow_the_clients_training_labels() -> None:
-    """Clients holding 30, 10 and 0 patients of label 2 get 6, 2 and 0 of eight; an unseen label goes by size."""
+    """Clients with 30, 10 and 0 patients of label 2 get 6, 2 and 0 of 8; an unseen label goes by size."""
     train = knees([2] * 40 + [0] * 40)
     sizes = (range(30), range(30, 40), range(40, 80))
     clients = tuple(tuple(sorted([*own, *(i + 80 for i in own)])) for own in sizes)
@@ -218,8 +218,8 @@ def test_describe_counts_patients_examples_and_labels() -> None:
 
 def test_what_cannot_be_dealt_is_refused_with_numbers() -> None:
     train = knees([i % 5 for i in range(20)])
-    refused(train, "need 21", "has 20", "at most 20", num_clients=21)
-    refused(train, "at least 6", "need 24", "at most 3", min_patients=6)
+    refused(train, "need 21", "got 20", "at most 20", num_clients=21)
+    refused(train, "of 6 or more", "need 24", "at most 3", min_patients=6)
     refused(train, "--num_clients: got 0", num_clients=0)
     refused(train, "--min_patients: got 0", min_patients=0)
     refused(train, "unknown name 'fair'", "size_skewed", partitioner="fair")

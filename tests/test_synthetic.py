@@ -43,7 +43,7 @@ def test_every_patient_has_two_knees_of_neighbouring_grades_in_one_split(knee_ru
 
 def test_grades_and_sites_are_balanced(knee_run: Run) -> None:
     examples = all_examples(load(knee_run(num_patients=200)))
-    # One knee of each patient is exactly balanced (40 per grade); the other moves by one with probability 0.4.
+    # One knee of each patient is balanced (40 per grade); the other moves by one with probability 0.4.
     assert all(50 <= count <= 110 for count in Counter(e.label for e in examples).values())
     assert Counter(e.site for e in examples) == dict.fromkeys(SCANNERS, 100)
 

@@ -91,7 +91,7 @@ def problems(
     where: Callable[[str], str] = "--{}".format,
     unread: Collection[str] = (),
 ) -> list[str]:
-    """One line per problem; `where` says where an option came from, and nothing is said about `unread` ones."""
+    """One line per problem. `where` says where an option came from; `unread` ones are left out."""
     findings = chain(_ranges(run), _levels(run), _training(run), _tuning(run, model_file), _answers(run))
     return [
         f"{where(options[0])}: {text}"
@@ -158,7 +158,8 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
     if run.arch != model_file.arch:
         yield (
             ("arch", "cfg_path"),
-            f"got {run.arch}, but {model_file.name} describes {model_file.arch}; drop it or give another --cfg_path.",
+            f"got {run.arch}, but {model_file.name} describes {model_file.arch}; "
+            "drop it, or give another --cfg_path.",
         )
     if run.tuning == "lora" and run.freeze_vit is False:
         yield (
@@ -176,7 +177,7 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
     if run.tuning == "lora" and model_file.low_resource:
         yield (
             ("tuning",),
-            f"{model_file.name} asks for 8-bit weights (low_resource: true), which this version does not have yet; "
+            f"{model_file.name} asks for 8-bit weights (low_resource: true), which are not built yet; "
             "set it to false.",
         )
     if run.tuning == "full" and not run.freeze_vit and model_file.vit_precision == "fp16":

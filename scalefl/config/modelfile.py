@@ -1,6 +1,6 @@
 """Model files: upstream MiniGPT-v2's YAML as it is, plus sections of ours for sizes and training defaults.
 
-Source of the format and of the defaults: Vision-CAIR/MiniGPT-4, minigpt4/configs and minigpt4/models/minigpt_v2.py.
+Source of format and defaults: Vision-CAIR/MiniGPT-4, minigpt4/configs and minigpt4/models/minigpt_v2.py.
 """
 
 import logging
@@ -56,8 +56,9 @@ OPTIONS_IN_MODEL = {
 """Upstream's key in `model:` -> option."""
 
 UNUSED_IN_MODEL = frozenset(
-    "model_type pretrained finetuned load_pretrained load_finetuned drop_path_rate use_grad_checkpoint_llm prompt "
-    "prompt_path max_context_len device_8bit q_former_model num_query_token freeze_qformer has_qformer".split()
+    "model_type pretrained finetuned load_pretrained load_finetuned drop_path_rate use_grad_checkpoint_llm "
+    "prompt prompt_path max_context_len device_8bit q_former_model num_query_token freeze_qformer "
+    "has_qformer".split()
 )
 """Upstream's keys that have no counterpart here."""
 
@@ -89,7 +90,7 @@ class ModelFile:
     text: Mapping[str, Any] = field(default_factory=lambda: dict(LLAMA_2_7B))
     """Without vocab_size where the tokenizer is trained, and decides it."""
     tokenizer: Mapping[str, Any] = field(default_factory=lambda: {"kind": "pretrained"})
-    """kind: pretrained (comes with llama_model) or trained (offline, on prompts and answers, to vocab_size)."""
+    """kind: pretrained (comes with llama_model) or trained (on prompts and answers, to vocab_size)."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Option -> default of a run with this model."""
 
@@ -211,12 +212,12 @@ class _Reader:
         template = values.get("prompt_template")
         if template is not None and (template.count("{}") != 1 or template.count("{") != 1):
             self.problems.append(
-                f"{self.name}: model.prompt_template: got {template!r}; expected one {{}} where the question goes."
+                f"{self.name}: model.prompt_template: got {template!r}; expected one {{}}, for the question."
             )
         return values, options
 
     def preprocess(self, raw: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-        """Image size, mean and standard deviation; train and eval must agree, as they share one processor here."""
+        """Image size, mean and standard deviation. Train and eval share one processor here, so must agree."""
         values: dict[str, Any] = {"image_size": model["image_size"]} if "image_size" in model else {}
         kinds = {"image_size": int, "mean": tuple[float, ...], "std": tuple[float, ...]}
         renamed = {"image_size": "image_size", "mean": "image_mean", "std": "image_std"}
@@ -230,8 +231,9 @@ class _Reader:
                 if key in kinds:
                     read = self.value(value, kinds[key], place)
                     if values.setdefault(renamed[key], read) != read:
+                        other = values[renamed[key]]
                         self.problems.append(
-                            f"{self.name}: {place}: got {read}, elsewhere {values[renamed[key]]}; expected one value."
+                            f"{self.name}: {place}: got {read}, elsewhere {other}; keep one."
                         )
                 elif key not in unused:
                     self.unknown(key, {*kinds, *unused}, f"preprocess.vis_processor.{split}.")

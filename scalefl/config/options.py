@@ -1,6 +1,6 @@
 """Every option of a run, once: name, type, default and meaning.
 
-The command line, YAML files and presets are all read against these fields. A preset overrides the defaults here.
+The command line, YAML files and presets are read against these fields. A preset overrides the defaults here.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class ModelOptions:
     arch: str = "MiniGPTv2"
     """Model family: MiniGPTv2, or package.module:Name of your own."""
     cfg_path: str | None = None
-    """Model file: a shipped preset (tiny, minigpt_v2) or a YAML file in the format of MiniGPT-v2. Unset: tiny."""
+    """Model file: a shipped preset (tiny, minigpt_v2) or a YAML file in MiniGPT-v2's format. Unset: tiny."""
     init_from: str | None = None
     """Start from the weights in this saved model folder or checkpoint."""
     tuning: Literal["lora", "full"] = "lora"
@@ -148,7 +148,7 @@ class ObjectiveOptions:
     KD_start: float = 0.25
     """Share of the rounds before self-distillation starts."""
     logit_adjustment: Literal["auto", "on", "off"] = "auto"
-    """Adjust training logits by the client's label prior. Auto: where answers are closed and the partition skewed."""
+    """Adjust training logits by the client's label prior. Auto: for closed answers and a skewed partition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class RunOptions:
     save_path: str = "runs/scalefl"
     """Folder for checkpoints, metrics and the resolved config."""
     resume: str | None = None
-    """Continue the run in this folder or checkpoint."""
+    """Continue the run in this folder, under the options it was started with."""
     keep_last: int = 2
     """Checkpoints to keep besides the best."""
     save_every_seconds: float = 60.0

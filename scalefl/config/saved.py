@@ -14,6 +14,7 @@ from scalefl.contracts import InputError
 Config = TypeVar("Config", RunConfig, ModelFile)
 
 CONFIG_FILE = "run.json"
+"""Not config.json, which is the model's own in a folder of weights."""
 
 FREE_ON_RESUME = frozenset(
     {"num_rounds", "data_root", "workers", "evaluate_from", *(f.name for f in dataclasses.fields(RunOptions))}
@@ -32,7 +33,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     unknown = set(values) - set(kinds)
     if unknown:
         raise InputError(
-            f"saved {kind.__name__}: unknown {', '.join(sorted(unknown))}; expected the config of this version."
+            f"saved {kind.__name__}: unknown {', '.join(sorted(unknown))}; use the version that saved it."
         )
     read = {name: _from_json(value, kinds[name], name) for name, value in values.items()}
     if "train" in read:

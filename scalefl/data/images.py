@@ -22,7 +22,7 @@ MAX_PIXELS = 80_000_000
 FULL_SCALES = (2**8 - 1, 2**10 - 1, 2**12 - 1, 2**14 - 1, 2**16 - 1)
 
 
-class _Unreadable(Exception):
+class _UnreadableError(Exception):
     """Why an image cannot be used, in a few words."""
 
 
@@ -34,7 +34,7 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         return _decode(path)
-    except _Unreadable as error:
+    except _UnreadableError as error:
         raise InputError(
             f"{path}: {error}; expected a readable {', '.join(FORMATS)} image; replace or remove the file."
         ) from error
@@ -46,7 +46,7 @@ def find_bad_images(paths: Mapping[str, Path], workers: int) -> dict[str, str]:
     def check(path: Path) -> str | None:
         try:
             _decode(path)
-        except _Unreadable as error:
+        except _UnreadableError as error:
             return str(error)
         return None
 
@@ -75,11 +75,13 @@ def _decode(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise _Unreadable(f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+                raise _UnreadableError(
+                    f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS}"
+                )
             image.load()
             return _to_8_bits(ImageOps.exif_transpose(image))
     except Exception as error:  # a corrupt file makes Pillow raise nearly any type
-        raise _Unreadable(_reason(error)) from error
+        raise _UnreadableError(_reason(error)) from error
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -103,7 +105,7 @@ def _scale_deep_grey(pixels: np.ndarray) -> Image.Image:
     """
     low, high = float(pixels.min()), float(pixels.max())
     if not np.isfinite([low, high]).all() or low < 0 or high > FULL_SCALES[-1]:
-        raise _Unreadable(f"has grey values from {low:g} to {high:g}, outside 0..{FULL_SCALES[-1]}")
+        raise _UnreadableError(f"has grey values from {low:g} to {high:g}, outside 0..{FULL_SCALES[-1]}")
     is_unit_float = pixels.dtype.kind == "f" and high <= 1
     full_scale = 1 if is_unit_float else next(scale for scale in FULL_SCALES if high <= scale)
     return Image.fromarray(np.rint(pixels.astype(np.float64) * (255 / full_scale)).astype(np.uint8))
@@ -116,6 +118,6 @@ def _reason(error: Exception) -> str:
         return "a folder"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
-    if isinstance(error, (_Unreadable, Image.DecompressionBombError)):
+    if isinstance(error, (_UnreadableError, Image.DecompressionBombError)):
         return " ".join(str(error).split())
     return f"corrupt ({' '.join(str(error).split()) or type(error).__name__})"

@@ -77,7 +77,7 @@ def _find_layout(run: RunConfig) -> tuple[Path, Path | None]:
     """The data root, and its annotation file if it has one."""
     last = len(run.answers) - 1
     layouts = (
-        f"expected a folder with train/, val/ and test/ of grade folders 0..{last} holding png or jpg images, "
+        f"expected a folder with train/, val/ and test/ of grade folders 0..{last} of png or jpg images, "
         f"or a folder image/ with knee_x_ray.json (or --annotations FILE); "
         f"to run without data use --data synthetic."
     )
@@ -154,15 +154,14 @@ def _origin_of(key: str, origins: dict[str, _Origin] | None, root: Path) -> _Ori
     if origins is not None:
         if key not in origins:
             raise InputError(
-                f"{root / 'metadata.csv'}: does not list '{key}'; expected a row for every image; "
-                f"add it."
+                f"{root / 'metadata.csv'}: does not list '{key}'; expected a row for every image; add it."
             )
         return origins[key]
     patient = _patient_in_name(key)
     if patient is None:
         raise InputError(
-            f"{root / key}: no patient can be read from this name; expected digits and a side, as in 9003175L.png; "
-            f"supply {root / 'metadata.csv'} with columns file_name, patient."
+            f"{root / key}: no patient can be read from this name; expected digits and a side, "
+            f"as in 9003175L.png; supply {root / 'metadata.csv'} with columns file_name, patient."
         )
     return _Origin(patient=patient, site=None)
 
@@ -234,7 +233,7 @@ def _split_name(record: dict[str, Any], where: str) -> str | None:
 def _close(
     examples: list[Example], answers: tuple[str, ...], path: Path
 ) -> tuple[list[Example], tuple[str, ...] | None]:
-    """Label every example if all answers are in the closed set; leave the answers open if none has a label."""
+    """Label every example if all answers are in the closed set; leave answers open if none has a label."""
     label_of = {answer: label for label, answer in enumerate(answers)}
     foreign = next((example.answer for example in examples if example.answer not in label_of), None)
     if foreign is None:
@@ -242,8 +241,9 @@ def _close(
     if all(example.label is None for example in examples):
         return examples, None
     raise InputError(
-        f"{path}: some records have a label, and others an answer outside --answers, such as {foreign[:60]!r}; "
-        f"expected labels (or one of {', '.join(answers)}) everywhere or nowhere; complete or remove them."
+        f"{path}: some records have a label, and others an answer outside --answers, "
+        f"such as {foreign[:60]!r}; expected labels (or one of {', '.join(answers)}) everywhere or nowhere; "
+        f"complete or remove them."
     )
 
 
@@ -289,7 +289,8 @@ def _example(record: dict[str, Any], where: str, image_root: Path, run: RunConfi
         answer = run.answers[label]
     elif question is None or answer is None:
         raise InputError(
-            f"{where}: has {', '.join(sorted(record))}; expected a label (or grade), or a question and an answer."
+            f"{where}: has {', '.join(sorted(record))}; expected a label, or a question and an answer; "
+            f"complete it."
         )
     question = " ".join(IMAGE_TAGS.sub(" ", question).split()) if question else ""
     return Example(
@@ -359,8 +360,8 @@ def _check_splits(splits: Splits, where: str) -> None:
             other = split_of.setdefault(example.patient, split)
             if other != split:
                 raise InputError(
-                    f"{where}: patient '{example.patient}' is in {other} and in {split} ('{example.image_key}'); "
-                    f"expected one split per patient; move the images together."
+                    f"{where}: patient '{example.patient}' is in {other} and in {split} "
+                    f"('{example.image_key}'); expected one split per patient; move the images together."
                 )
 
 

@@ -103,7 +103,7 @@ def partition(
     patients = _patients(train)
     _check_request(request, patients)
     # The partitioners cut runs of rows: an unshuffled table would be dealt out by name.
-    numpy_rng(seed, "partition/order").shuffle(patients)  # type: ignore[arg-type]  # lists are shuffled in place
+    numpy_rng(seed, "partition/order").shuffle(patients)
     if partitioner == "natural":
         column = _group_sites(patients, num_clients, seed)
     else:
@@ -124,8 +124,8 @@ def partition_held_out(
 ) -> Clients:
     """Give each client held-out patients by the rule that dealt the training patients; some may get none.
 
-    natural: the site's client. Otherwise, and for a site not seen in training: the held-out patients of a label
-    are dealt out in the proportions in which the clients hold that label's training patients (largest
+    natural: the site's client. Otherwise, and for a site not seen in training: the held-out patients of one
+    label are dealt out in the proportions in which the clients hold that label's training patients (largest
     remainder, ties drawn), or in those of all training patients where none has the label.
     """
     rng = numpy_rng(seed, f"partition/{purpose}")
@@ -142,7 +142,7 @@ def partition_held_out(
         weights = [sum(p.label == label for p in held) for held in held_per_client]
         if not any(weights):
             weights = [len(held) for held in held_per_client]
-        rng.shuffle(group)  # type: ignore[arg-type]  # lists are shuffled in place
+        rng.shuffle(group)
         bounds = np.cumsum(_largest_remainder(len(group), weights, rng))
         for client, stop in enumerate(bounds):
             dealt[client] += group[bounds[client - 1] if client else 0 : stop]
@@ -195,8 +195,8 @@ def _check_request(request: _Request, patients: list[_Patient]) -> None:
             raise InputError(f"--{name}: got {getattr(request, name)}; expected 1 or more.")
     if request.num_clients * request.min_patients > len(patients):
         raise InputError(
-            f"--num_clients: {request.num_clients} clients with at least {request.min_patients} (--min_patients) need "
-            f"{request.num_clients * request.min_patients} training patients, the data has {len(patients)}; "
+            f"--num_clients: {request.num_clients} of {request.min_patients} or more (--min_patients) "
+            f"need {request.num_clients * request.min_patients} training patients, got {len(patients)}; "
             f"ask for at most {len(patients) // request.min_patients} clients."
         )
     if request.partitioner in NEEDS_ALPHA and not 0 < request.alpha <= MAX_ALPHA:
@@ -205,7 +205,7 @@ def _check_request(request: _Request, patients: list[_Patient]) -> None:
         )
     if request.partitioner in NEEDS_LABELS and any(patient.label is None for patient in patients):
         raise InputError(
-            f"--partitioner {request.partitioner}: deals by label, but the answers of this data set are open; "
+            f"--partitioner {request.partitioner}: deals by label, but the answers are open; "
             f"use iid, natural or size_skewed."
         )
 
@@ -224,7 +224,7 @@ def _group_sites(patients: list[_Patient], num_clients: int, seed: int) -> list[
             f"--partitioner natural: {num_clients} clients but {len(sites)} sites in the training data; "
             f"ask for at most {len(sites)} clients."
         )
-    numpy_rng(seed, "partition/sites").shuffle(sites)  # type: ignore[arg-type]  # lists are shuffled in place
+    numpy_rng(seed, "partition/sites").shuffle(sites)
     groups = np.array_split(np.arange(len(sites)), num_clients)
     client_of_site = {sites[i]: client for client, group in enumerate(groups) for i in group}
     return [client_of_site[patient.site] for patient in patients if patient.site is not None]
@@ -278,7 +278,7 @@ def _flwr_partitioner(request: _Request, num_patients: int) -> Any:
 
 
 def _deal_rows(request: _Request, column: list[int]) -> list[list[int]]:
-    """Rows per client. `column` is what the partitioners go by: the label, or the client of the patient's site."""
+    """Rows per client. `column` is what decides: the label, or the client of the patient's site."""
     from datasets import Dataset  # slow to import, as flwr_datasets is
 
     dealer = _flwr_partitioner(request, len(column))
@@ -292,8 +292,8 @@ def _deal_rows(request: _Request, column: list[int]) -> list[list[int]]:
     except ValueError as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"--partitioner {request.partitioner}: cannot deal {len(column)} patients to {request.num_clients} "
-            f"clients of {request.min_patients} or more ({reason}); {request.remedy}."
+            f"--partitioner {request.partitioner}: cannot deal {len(column)} patients to "
+            f"{request.num_clients} clients of {request.min_patients} or more ({reason}); {request.remedy}."
         ) from error
 
 
@@ -302,8 +302,9 @@ def _check_dealt(request: _Request, rows_per_client: list[list[int]], num_patien
     num_left = num_patients - sum(map(len, rows_per_client))
     if num_left:
         raise InputError(
-            f"{where}: {num_left} of {num_patients} patients have a label that none of {request.num_clients} clients "
-            f"takes; raise --num_clients or --classes_per_client {request.classes_per_client}."
+            f"{where}: {num_left} of {num_patients} patients have a label that none of "
+            f"{request.num_clients} clients takes; "
+            f"raise --num_clients or --classes_per_client {request.classes_per_client}."
         )
     fewest, client = min((len(rows), client) for client, rows in enumerate(rows_per_client))
     if fewest < request.min_patients:

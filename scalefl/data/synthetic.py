@@ -97,7 +97,7 @@ def load(run: RunConfig) -> DataSplits:
 
 
 def draw(rng: np.random.Generator, severity: float, side: str, scanner: Scanner) -> Image.Image:
-    """One knee of 128 x 128 grey pixels. `severity` is 0..1; `side` R shows the medial compartment on the right."""
+    """One knee, 128 x 128 grey. `severity` is 0..1. On `side` R the medial compartment is on the right."""
     u, v = _knee_coordinates(rng, side)
     tissue = _soft_tissue(u, rng)
     bones = _bones(u, v, severity, rng)
@@ -121,7 +121,7 @@ def _grades(seed: int, patient: str, grade: int, num_grades: int) -> dict[str, i
 
 
 def _knee_coordinates(rng: np.random.Generator, side: str) -> tuple[Plane, Plane]:
-    """u from medial to lateral and v from hip to foot, -1..1 about the joint, after rotation, scale and shift."""
+    """u from medial to lateral and v downwards, -1..1 about the joint, after rotation, scale and shift."""
     axis = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
     x, y = np.meshgrid(axis, axis)
     if side == "R":

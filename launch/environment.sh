@@ -1,0 +1,38 @@
+# Sourced by the scripts beside it: the repository's own .venv, with the tested versions in it.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "scalefl: no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python bash $0" >&2
+    return 1
+}
+
+# install NAME REQUIREMENT: install the project once, and again when what it depends on has changed.
+install() {
+    local stamp="$venv/installed-$1" state python
+    state="$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)"
+    if [[ -x "$venv/bin/python" && "$(cat "$stamp" 2>/dev/null)" == "$state" ]]; then
+        return
+    fi
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        python="$(find_python)"
+        echo "scalefl: making $venv" >&2
+        "$python" -m venv --clear "$venv"
+    fi
+    echo "scalefl: installing into $venv (some minutes, the first time)" >&2
+    # torch first: deepspeed's own setup looks for it.
+    (
+        cd "$root"
+        "$venv/bin/python" -m pip install --quiet -c constraints.txt torch setuptools wheel
+        "$venv/bin/python" -m pip install --quiet -c constraints.txt -e "$2"
+    )
+    echo "$state" >"$stamp"
+}
