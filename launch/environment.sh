@@ -18,7 +18,7 @@ find_python() {
 # install NAME REQUIREMENT: install the project once, and again when what it depends on has changed.
 install() {
     local stamp="$venv/installed-$1" state python
-    state="$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)"
+    state="$root $(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)"
     if [[ -x "$venv/bin/python" && "$(cat "$stamp" 2>/dev/null)" == "$state" ]]; then
         return
     fi

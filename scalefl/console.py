@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+
+PLAIN_WIDTH = 140
+"""Columns where there is no terminal to ask, so that tables in a log are not folded."""
 
 
 class Display:
@@ -15,6 +20,8 @@ class Display:
 
     def __init__(self, *, speaks: bool, print_freq: int) -> None:
         self._console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._console.width = PLAIN_WIDTH
         self._speaks, self._print_freq = speaks, print_freq
         self._progress: Progress | None = None
 
@@ -22,7 +29,7 @@ class Display:
         self._console.print(text, markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 else "right")
         for row in rows:

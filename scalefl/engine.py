@@ -138,22 +138,22 @@ class Session:
         self._model, self._optimizer = accelerator.prepare(self._module, optimizer)
         self._model.train()
 
-    def load(self, state: Mapping[str, Tensor], lr: float) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Put a client's trainable state in place and forget everything about the client before it."""
         with torch.no_grad():
             for name, parameter in self._trainable.items():
                 parameter.copy_(state[name])
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.optimizer.state.clear()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
 
-    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], denominator: int) -> None:
+    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], denominator: int, lr: float) -> None:
         """One optimizer step over this rank's micro-batches.
 
         Each callable gives the summed loss of one micro-batch; `denominator` is the number of answer tokens of the
         whole step over all ranks, which makes the result independent of how the step was divided.
         """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
         scale = self._accelerator.num_processes / denominator  # DDP averages over ranks; we want the sum
         for number, loss in enumerate(losses, start=1):
             if number < len(losses):

@@ -21,7 +21,8 @@ def level_specs(
     and for a depth beyond the last exit.
     """
     cut_by = WIDTH_AXES[: WIDTH_AXES.index(width_axes) + 1]
-    cut_axes = {name: axis for name, axis in axes.items() if axis.cut_by in cut_by}
+    cut_axes = [name for name, axis in axes.items() if axis.cut_by in cut_by]
+    narrowest_first = sorted(cut_axes, key=lambda name: axes[name].size)  # its smallest ratio fits them all
     specs = []
     for level, (ratio, depth) in enumerate(zip(width_ratios, depths, strict=True), start=1):
         if not 1 <= depth <= num_exits:
@@ -29,7 +30,7 @@ def level_specs(
                 f"level {level}: --horizontal_scale_ratios asks for {depth} exits, the model has {num_exits}; "
                 f"expected 1 to {num_exits} (change it, or give more --ee_locs)."
             )
-        kept = {name: _kept_units(axes, name, ratio, level) for name in cut_axes}
+        kept = {name: _kept_units(axes, name, ratio, level) for name in narrowest_first}
         specs.append(LevelSpec(level=level, width_ratio=ratio, depth=depth, kept=kept))
     return tuple(specs)
 

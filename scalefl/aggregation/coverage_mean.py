@@ -40,5 +40,5 @@ class CoverageMean:
         merged = {}
         for name, value in self._global_state.items():
             change, weight = self.sums["change"][name], self.sums["weight"][name]
-            merged[name] = torch.where(weight > 0, value + change / weight.clamp(min=1e-30), value)
+            merged[name] = torch.where(change != 0, value + change / weight, value)  # keeps even a -0.0
         return merged

@@ -67,6 +67,7 @@ RANGES = {
     "horizontal_scale_ratios": COUNT,
     "workers": NOT_NEGATIVE,
     "seed": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
     "lr": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "KD_gamma": NOT_NEGATIVE,

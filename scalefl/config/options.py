@@ -125,6 +125,8 @@ class FederationOptions:
     """Rounds after which multistep multiplies the learning rate by lr_gamma."""
     lr_gamma: float = 0.1
     """Factor of multistep (per milestone) and exponential (per round)."""
+    warmup_steps: int = 0
+    """First optimizer steps of every client and round over which the rate rises: its optimizer starts afresh."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; none: no clipping."""
     aggregation: str = "coverage_mean"

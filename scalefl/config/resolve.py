@@ -44,8 +44,8 @@ def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[R
         "momentum" in explicit and "optimizer" not in explicit
     ):  # as in the reference, whose one optimizer is SGD
         layers["optimizer"] = Given(value="sgd", where="--optimizer")
-    if "resume" in explicit and "save_path" not in explicit:  # the folder may have been moved
-        layers["save_path"] = explicit["resume"]
+    if "save_path" not in explicit and "resume" in layers and layers["resume"].value:
+        layers["save_path"] = layers["resume"]  # the folder may have been moved since the run began
     run = RunConfig(**{name: given.value for name, given in layers.items()})
     if run.freeze_vit is None:
         run = replace(run, freeze_vit=run.tuning == "lora")

@@ -36,7 +36,7 @@ class ClientTrainer:
     def train(self, session: Session, task: ClientTask, sent: Mapping[str, Tensor], lr: float) -> ClientUpdate:
         """Train one client from the state it was `sent` and return the change."""
         run, started = self.run, time.perf_counter()
-        session.load(sent, lr)
+        session.load(sent)
         labels = [self.batcher.examples[i].label for i in task.example_ids]
         draws = numpy_rng(run.seed, "batches", round=task.round, client=task.client)
         steps = step_order(
@@ -58,7 +58,7 @@ class ClientTrainer:
                 step_shifts = None if shifts is None else shifts[seen : seen + len(ids)]
                 step_tokens = self.batcher.num_answer_tokens(ids)
                 losses = [objective.bind(batch) for batch in self._micro_batches(ids, step_shifts)]
-                session.step(losses, step_tokens)
+                session.step(losses, step_tokens, lr * min(1.0, number / max(run.warmup_steps, 1)))
                 step_loss = float(session.sum_over_ranks(objective.take_loss()))
                 seen, loss_sum, tokens = seen + len(ids), loss_sum + step_loss, tokens + step_tokens
                 self.on_step(task, number, len(steps), step_loss / step_tokens)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from dataclasses import dataclass
 
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from scalefl.slicing.layout import LayoutTable
@@ -22,6 +21,10 @@ class LoraSpec:
 
 def add_lora(model: nn.Module, spec: LoraSpec) -> None:
     """Wrap the targeted layers of the language model in place; B starts at zero, so the model's output stays."""
+    # peft imports bitsandbytes, which takes seconds and speaks at import: not for runs without adapters.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,

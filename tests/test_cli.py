@@ -1,0 +1,190 @@
+"""The command line: every spelling of an option, exit codes, and one line per problem."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scalefl import __version__
+from scalefl.cli import main
+from scalefl.config.flags import parse
+from scalefl.config.resolve import resolve
+from scalefl.config.values import OPTION_KINDS
+from scalefl.contracts import InputError, Interrupted
+
+
+def run_of(*arguments: str) -> Any:
+    command = parse(["train", *arguments])
+    return resolve(command.flags, command.config_file)[0]
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """What the command starts once its input is good: a function to replace, and the runs it got."""
+    stub = SimpleNamespace(runs=[])
+    stub.train = lambda run, model_file: stub.runs.append(run)
+    monkeypatch.setitem(sys.modules, "scalefl.federation.run", stub)
+    return stub
+
+
+def test_the_originals_command_line():
+    run = run_of(
+        *"--data-root DIR --data kneexray --arch MiniGPTv2 --use-valid --cfg-path tiny".split(),
+        *"--num_rounds 5 --num_clients 4 --sample_rate 1.0 --batch-size 1".split(),
+        *"--lr 3e-5 --momentum 0.9 --weight-decay 5e-4".split(),
+    )
+    assert (run.data_root, run.use_valid, run.num_clients, run.batch_size) == ("DIR", True, 4, 1)
+    assert (run.optimizer, run.lr, run.momentum, run.weight_decay) == ("sgd", 3e-5, 0.9, 5e-4)
+
+
+@pytest.mark.parametrize("flag", ["--eval_batch_size", "--eval-batch-size", "--eval-batch_size"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_dashes_and_underscores_mix(flag, joined):
+    assert run_of(*([f"{flag}=7"] if joined else [flag, "7"])).eval_batch_size == 7
+
+
+def test_values_keep_their_dashes():
+    assert run_of("--save-path=a-b_c").save_path == "a-b_c"
+
+
+def test_capitals_are_kept():
+    assert run_of("--KD_gamma", "0.5", "--KD-T", "2").KD_gamma == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], None),
+        (["--use_gpu"], True),
+        (["--use_gpu", "1"], True),
+        (["--use-gpu=true"], True),
+        (["--use_gpu", "0"], False),
+        (["--use_gpu", "False"], False),
+        (["--no-use_gpu"], False),
+        (["--no-use-gpu", "--seed", "1"], False),
+    ],
+)
+def test_forms_of_a_switch(arguments, expected):
+    assert run_of(*arguments).use_gpu is expected
+
+
+def test_lists_take_several_values():
+    run = run_of("--ee_locs", "1", "3", "--horizontal_scale_ratios", "1", "2", "2", "3", "--report_to")
+    assert (run.ee_locs, run.horizontal_scale_ratios, run.report_to) == ((1, 3), (1, 2, 2, 3), ())
+
+
+def test_every_option_is_a_flag(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in OPTION_KINDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out == f"scalefl {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            "train --batchsize 4",
+            "--batchsize: unknown option; did you mean --batch_size? `scalefl train --help` lists them.",
+        ),
+        (
+            "train --num_round 4",
+            "--num_round: unknown option; did you mean --num_rounds? `scalefl train --help` ",
+        ),
+        (
+            "train --kd_gamma 4",
+            "--kd_gamma: unknown option; did you mean --KD_gamma? `scalefl train --help` ",
+        ),
+        ("train --lr nan", "--lr: got nan; expected a finite number at least 0."),
+        ("train --lr", "argument --lr: expected one argument; see `scalefl train --help`."),
+        ("train stray", "got 'stray' after the options; expected --name value; see `scalefl train --help`."),
+        ("train --config nowhere.yaml", "nowhere.yaml: No such file or directory; expected a YAML file."),
+        ("evaluate", "the following arguments are required: CHECKPOINT; see `scalefl evaluate --help`."),
+        (
+            "evaluate nowhere",
+            "nowhere/run.json: No such file or directory; expected a run folder or checkpoint ",
+        ),
+        ("", "the following arguments are required: train|evaluate; see `scalefl --help`."),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(capsys, training, arguments, line):
+    assert main(arguments.split()) == 2
+    (got,) = capsys.readouterr().err.splitlines()
+    assert got.startswith(f"scalefl: {line}")
+    assert not training.runs
+
+
+def test_one_line_per_problem(capsys, training):
+    assert main(["train", "--lr", "-1", "--alpha", "x", "--sed", "1"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_only_the_first_process_speaks(capsys, training, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "--lr", "-1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_good_run_starts_and_exits_with_0(training):
+    assert main(["train", "--seed", "4"]) == 0
+    assert [run.seed for run in training.runs] == [4]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("a: b"), 2, "scalefl: a: b"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"),
+            2,
+            "scalefl: runs/x: No space left on device; free some space, or give another --save_path.",
+        ),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x"),
+            2,
+            "scalefl: runs/x: Permission denied; mend the permissions, or give another --save_path.",
+        ),
+        (Interrupted(signal.SIGTERM), 143, ""),
+        (Interrupted(signal.SIGINT), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(capsys, training, error, code, line):
+    def fail(run, model_file):
+        raise error
+
+    training.train = fail
+    assert main(["train"]) == code
+    assert capsys.readouterr().err.strip() == line
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
+def test_bugs_keep_their_traceback(training, error):
+    def fail(run, model_file):
+        raise error
+
+    training.train = fail
+    with pytest.raises(type(error)):
+        main(["train"])
+
+
+def test_parsing_and_resolving_load_no_heavy_module():
+    script = (
+        "import sys; from scalefl.cli import main; from scalefl.config.resolve import resolve; resolve({});"
+        "print([m for m in ('torch', 'numpy', 'transformers', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
