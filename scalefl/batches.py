@@ -1,4 +1,5 @@
-"""Examples -> tensors: training batches, packed scoring batches, and the order in which a client sees its examples.
+"""Examples -> tensors: training batches, packed scoring batches, and the order in which a client sees its
+examples.
 
 Shapes: B rows, L positions, P longest prompt, K packed candidate tokens, N predicted positions, A answers.
 """
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from scalefl.contracts import Example
+
+Ids = Sequence[int] | np.ndarray
+"""Indices into a split's examples."""
 
 MAX_SHIFT = 0.06
 """Largest shift of an augmented image, as a share of its side."""
@@ -35,8 +39,8 @@ class Batch:
 class Candidates:
     """The closed answer set, tokenised and packed behind a prompt, so that one pass scores every answer.
 
-    Each answer's tokens but the last follow the prompt side by side; a mask hides the answers from each other and
-    every answer's positions go on from the prompt's end.
+    Each answer's tokens but the last follow the prompt side by side; a mask hides the answers from each other
+    and every answer's positions go on from the prompt's end.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -53,7 +57,7 @@ class Candidates:
         return (answer[:, None] == answer[None]) & (step[:, None] >= step[None])
 
     def log_likelihoods(self, logits: Tensor) -> Tensor:
-        """(B, 1 + K, V) logits at the prompt's end and at each packed token -> (B, A) summed log-likelihood."""
+        """Logits (B, 1 + K, V) at the prompt's end and each packed token -> (B, A) summed log-likelihood."""
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         place = {key: i for i, key in enumerate(self.packed, start=1)}
         columns = []
@@ -73,16 +77,21 @@ class Batcher:
         self._prompt = functools.cache(processor.encode_question)
         self._answer = functools.cache(processor.encode_answer)
 
-    def num_answer_tokens(self, ids: Sequence[int]) -> int:
+    def num_answer_tokens(self, ids: Ids) -> int:
         return sum(len(self._answer(self.examples[i].answer)) for i in ids)
 
-    def training(self, ids: Sequence[int], shifts: np.ndarray | None = None) -> Batch:
+    def training(self, ids: Ids, shifts: np.ndarray | None = None) -> Batch:
         """Prompts with answers, right-padded; the causal mask alone keeps padding from mattering.
 
-        Without ids: a batch that runs through the model and predicts nothing, for a process with no share in a step.
-        `shifts` (len(ids), 3) augments: mirrored or not, shift down, shift right as shares of the image.
+        Without ids: a batch that runs through the model and predicts nothing, for a process with no share in
+        a step. `shifts` (len(ids), 3) augments: mirrored or not, shift down, shift right as shares of the
+        image.
         """
-        rows, predict_at, targets, labels, steps = [], [], [], [], []
+        rows: list[list[int]] = []
+        predict_at: list[int] = []
+        targets: list[int] = []
+        labels: list[int] = []
+        steps: list[int] = []
         shown = ids if len(ids) else [0]
         for i in shown:
             example = self.examples[i]
@@ -108,8 +117,8 @@ class Batcher:
             steps=torch.tensor(steps, dtype=torch.long).to(self._device),
         )
 
-    def scoring(self, ids: Sequence[int], candidates: Candidates) -> dict[str, Tensor]:
-        """Model inputs that predict, for each row, at the prompt's end and at every packed candidate token."""
+    def scoring(self, ids: Ids, candidates: Candidates) -> dict[str, Tensor]:
+        """Model inputs that predict, in each row, at the prompt's end and at each packed candidate token."""
         prompts = [self._prompt(self.examples[i].question) for i in ids]
         width, packed = max(map(len, prompts)), candidates.packed
         num_packed, length = len(packed), width + len(packed)
@@ -133,7 +142,7 @@ class Batcher:
         }
         return {name: value.to(self._device) for name, value in inputs.items()}
 
-    def prompts(self, ids: Sequence[int]) -> dict[str, Tensor]:
+    def prompts(self, ids: Ids) -> dict[str, Tensor]:
         """Left-padded prompts and pixels for `generate`."""
         rows = [self._prompt(self.examples[i].question) for i in ids]
         length, pad = max(map(len, rows)), self._processor.tokenizer.pad_token_id
@@ -148,7 +157,7 @@ class Batcher:
         pad = self._processor.tokenizer.pad_token_id
         return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.long)
 
-    def _images(self, ids: Sequence[int], shifts: np.ndarray | None) -> Tensor:
+    def _images(self, ids: Ids, shifts: np.ndarray | None) -> Tensor:
         images = [self._pixels[self.examples[i].image_key] for i in ids]
         if shifts is not None:
             images = [_shifted(image, *row) for image, row in zip(images, shifts, strict=True)]
@@ -174,7 +183,7 @@ def draw_shifts(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def step_order(
-    ids: Sequence[int],
+    ids: Ids,
     labels: Sequence[int | None],
     *,
     batch_size: int,

@@ -56,7 +56,8 @@ class Progress:
 def save(folder: Path, progress: Progress, keep_last: int, write_config: Callable[[Path], None]) -> Path:
     """Write a checkpoint below `folder`, then drop what is older than the last `keep_last` and not the best.
 
-    `write_config` adds what makes the weights loadable. A failure (a full disk, a signal) leaves earlier checkpoints as they were and nothing half-written.
+    `write_config` adds what makes the weights loadable. A failure (a full disk, a signal) leaves earlier
+    checkpoints as they were and nothing half-written.
     """
     target, temporary = folder / progress.folder_name, folder / f".{progress.folder_name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -93,7 +94,8 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
 def load_latest(folder: Path) -> Progress | None:
     """The newest checkpoint below `folder`, or None if there is none."""
     found = sorted(
-        (p for p in folder.glob("*round-*") if (p / RECORD).is_file() and not p.name.endswith(".tmp")), key=_age
+        (p for p in folder.glob("*round-*") if (p / RECORD).is_file() and not p.name.endswith(".tmp")),
+        key=_age,
     )
     return load(found[-1]) if found else None
 
@@ -111,7 +113,9 @@ def load(path: Path) -> Progress:
                 sums.setdefault(kind, {})[name] = tensor
             partial = Partial(sums=sums, clients=record["clients"])
         if record["format"] != FORMAT:
-            raise InputError(f"{path}: checkpoint format {record['format']}; this version reads format {FORMAT}.")
+            raise InputError(
+                f"{path}: checkpoint format {record['format']}; this version reads format {FORMAT}."
+            )
         return Progress(
             state=state,
             partial=partial,
@@ -121,17 +125,20 @@ def load(path: Path) -> Progress:
         raise
     except FileNotFoundError as error:
         raise InputError(
-            f"{path}: no checkpoint there ({Path(str(error.filename)).name} is missing); expected a folder such as "
-            "SAVE_PATH/checkpoints/round-0005."
+            f"{path}: no checkpoint there ({Path(str(error.filename)).name} is missing); expected a folder "
+            "such as SAVE_PATH/checkpoints/round-0005."
         ) from error
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path}: damaged checkpoint ({error}); remove the folder to go on from the one before.") from error
+        raise InputError(
+            f"{path}: damaged checkpoint ({error}); remove the folder to go on from the one before."
+        ) from error
 
 
 def _age(path: Path) -> tuple[str, bool, bool]:
     name = path.name.strip(".").removesuffix(".old")
     number = name[: len("round-0000")]
-    # In the middle of round 8 is later than after round 7, earlier than after round 8; a replaced one is earliest.
+    # In the middle of round 8 is later than after round 7, earlier than after round 8; a replaced one is
+    # earliest.
     return number, not name.endswith("-part"), not path.name.startswith(".")
 
 

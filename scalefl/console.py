@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-
 PLAIN_WIDTH = 140
 """Columns where there is no terminal to ask, so that tables in a log are not folded."""
 
@@ -39,12 +38,18 @@ class Display:
     def round_starts(self, round: int, num_rounds: int, num_clients: int) -> None:
         if self._speaks and self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=self._console, transient=True
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
             )
             self._progress.start()
             self._task = self._progress.add_task(f"round {round}/{num_rounds}", total=num_clients)
 
-    def client_step(self, client: int, level: int, done_clients: int, step: int, steps: int, loss: float) -> None:
+    def client_step(
+        self, client: int, level: int, done_clients: int, step: int, steps: int, loss: float
+    ) -> None:
         text = f"client {client} (level {level}) step {step}/{steps} loss {loss:.3f}"
         if self._progress is not None:
             self._progress.update(self._task, completed=done_clients + step / steps, description=text)

@@ -106,7 +106,7 @@ class ClientUpdate:
     """`loss` (mean training loss per answer token), `steps`, `seconds`."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  # a request, not an error
     """A signal asked the run to stop; a resumable checkpoint has been written."""
 
     def __init__(self, signum: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ class Engine:
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise InputError(
                 "launch: DeepSpeed was asked for, which this version does not train under; "
-                "expected one process or DDP (accelerate launch --multi_gpu, on CPUs with ACCELERATE_USE_CPU=true)."
+                "expected one process or DDP (accelerate launch --multi_gpu, with ACCELERATE_USE_CPU=true)."
             )
         use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
         if use_gpu and not torch.cuda.is_available():
@@ -33,6 +34,8 @@ class Engine:
                 "--use_gpu: no CUDA GPU was found; leave the flag out (or --use_gpu 0) to run on the CPU, "
                 "or check the driver and that torch was installed with CUDA."
             )
+        _check_environment()
+        _check_trackers(run.report_to)
         precision = "bf16" if run.precision == "bf16" else "no"
         self._accelerator = Accelerator(
             cpu=not use_gpu,
@@ -51,8 +54,9 @@ class Engine:
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         if accelerator.num_processes != wanted:
             raise InputError(
-                f"launch: {wanted} processes were started, but each believes to be one of {accelerator.num_processes}; "
-                "expected on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m scalefl ..."
+                f"launch: {wanted} processes were started, but each believes to be one of "
+                f"{accelerator.num_processes}; expected on CPUs: ACCELERATE_USE_CPU=true accelerate launch "
+                "--multi_gpu --num_processes N -m scalefl ..."
             )
         kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if accelerator.distributed_type not in kinds:
@@ -118,13 +122,37 @@ class Engine:
             plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
             self._accelerator.init_trackers("scalefl", config=plain)
         except (ImportError, ValueError) as error:
-            raise InputError(f"--report-to: {error}; expected an installed tracker such as tensorboard.") from error
+            raise InputError(
+                f"--report-to: {error}; expected an installed tracker such as tensorboard."
+            ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._accelerator.log(dict(values), step=step)
 
     def finish(self) -> None:
         self._accelerator.end_training()
+
+
+def _check_environment() -> None:
+    """Several processes find each other by variables that a launcher sets."""
+    missing = [name for name in ("RANK", "MASTER_ADDR") if name not in os.environ]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and missing:
+        raise InputError(
+            f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not set; "
+            "unset it for one process, or start all with ACCELERATE_USE_CPU=true accelerate launch "
+            "--multi_gpu --num_processes N -m scalefl ..."
+        )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Accelerate leaves out a tracker that is not installed without a word."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in (*installed, "all"):
+            raise InputError(
+                f"--report_to: got {name}, which is no installed tracker of Accelerate; installed: "
+                f"{', '.join(installed) or 'none'}; install it, or drop the option."
+            )
 
 
 class Session:
@@ -149,8 +177,8 @@ class Session:
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], denominator: int, lr: float) -> None:
         """One optimizer step over this rank's micro-batches.
 
-        Each callable gives the summed loss of one micro-batch; `denominator` is the number of answer tokens of the
-        whole step over all ranks, which makes the result independent of how the step was divided.
+        Each callable gives the summed loss of one micro-batch; `denominator` is the number of answer tokens
+        of the whole step over all ranks, which makes the result independent of how the step was divided.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -184,5 +212,7 @@ class Session:
 def make_optimizer(parameters: Iterable[nn.Parameter], run: RunConfig) -> torch.optim.Optimizer:
     """A new optimizer; norms and biases decay like the rest, as in the original."""
     if run.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay, fused=True)
+        return torch.optim.SGD(
+            parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay, fused=True
+        )
     return torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay, fused=True)

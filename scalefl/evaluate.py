@@ -1,4 +1,5 @@
-"""Every level's every exit on held-out examples: rank or generate, then accuracy, kappa, grade error and loss.
+"""Every level's every exit on held-out examples: rank or generate, then accuracy, kappa, grade error and
+loss.
 
 Shapes: B rows, A answers, M exits.
 """
@@ -39,7 +40,7 @@ class ExitMetrics:
     mae: float | None = None
     """Mean absolute error of the grade."""
     unparsable: int = 0
-    """Generated answers outside the answer set: counted as wrong, with the largest error their grade allows."""
+    """Generated answers outside the answer set: wrong, with the largest error their grade allows."""
 
 
 class Evaluator:
@@ -58,7 +59,9 @@ class Evaluator:
         self._run, self._engine, self._store, self._batcher = run, engine, store, batcher
         self._answers, self._processor = answers, processor
         self._candidates = (
-            None if answers is None else Candidates(ids=tuple(tuple(processor.encode_answer(a)) for a in answers))
+            None
+            if answers is None
+            else Candidates(ids=tuple(tuple(processor.encode_answer(a)) for a in answers))
         )
 
     def level(self, level: int, state: State, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -74,7 +77,9 @@ class Evaluator:
                 rows += self._closed(model, part) if self._answers is not None else self._open(model, part)
         rows = self._engine.gather(rows)
         num_exits = self._store.slices[level].spec.depth
-        return [asdict(self._summary(ids, [tuple(c[e] for c in row) for row in rows])) for e in range(num_exits)]
+        return [
+            asdict(self._summary(ids, [(p[e], n[e], t[e]) for p, n, t in rows])) for e in range(num_exits)
+        ]
 
     def _closed(self, model: Any, ids: Sequence[int]) -> list[Any]:
         """Per example: (predicted label, summed nats of the true answer, its tokens) at every exit."""
@@ -89,7 +94,9 @@ class Evaluator:
         labels = torch.tensor([self._batcher.examples[i].label for i in ids], device=scores_mba.device)
         nats_mb = -scores_mba.gather(2, labels.view(1, -1, 1).expand(len(scores_mba), -1, 1)).squeeze(2)
         predicted = (
-            scores_mba.argmax(-1).tolist() if self._run.scoring == "rank" else self._generated_labels(model, ids)
+            scores_mba.argmax(-1).tolist()
+            if self._run.scoring == "rank"
+            else self._generated_labels(model, ids)
         )
         tokens = [len(self._candidates.ids[label]) for label in labels.tolist()]
         return _by_example(predicted, nats_mb.tolist(), tokens)

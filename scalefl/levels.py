@@ -13,7 +13,11 @@ WIDTH_AXES = ("inner", "all")
 
 
 def level_specs(
-    axes: Mapping[str, Axis], width_ratios: Sequence[float], depths: Sequence[int], width_axes: str, num_exits: int
+    axes: Mapping[str, Axis],
+    width_ratios: Sequence[float],
+    depths: Sequence[int],
+    width_axes: str,
+    num_exits: int,
 ) -> tuple[LevelSpec, ...]:
     """One spec per level, weakest first.
 
@@ -27,8 +31,8 @@ def level_specs(
     for level, (ratio, depth) in enumerate(zip(width_ratios, depths, strict=True), start=1):
         if not 1 <= depth <= num_exits:
             raise InputError(
-                f"level {level}: --horizontal_scale_ratios asks for {depth} exits, the model has {num_exits}; "
-                f"expected 1 to {num_exits} (change it, or give more --ee_locs)."
+                f"level {level}: --horizontal_scale_ratios asks for {depth} exits, the model has "
+                f"{num_exits}; expected 1 to {num_exits} (change it, or give more --ee_locs)."
             )
         kept = {name: _kept_units(axes, name, ratio, level) for name in narrowest_first}
         specs.append(LevelSpec(level=level, width_ratio=ratio, depth=depth, kept=kept))
@@ -59,14 +63,14 @@ def exit_layers(ee_locs: Sequence[int], num_layers: int) -> tuple[int, ...]:
     rising = all(a < b for a, b in zip(locations, locations[1:], strict=False))
     if not rising or any(not 1 <= layer < num_layers for layer in locations):
         raise InputError(
-            f"--ee_locs {' '.join(map(str, locations))}: expected rising layer numbers from 1 to {num_layers - 1} "
-            f"(the model has {num_layers} layers, and its last layer is an exit without being listed)."
+            f"--ee_locs {' '.join(map(str, locations))}: expected rising layer numbers from 1 to "
+            f"{num_layers - 1} (the model has {num_layers} layers; the last is an exit without being listed)."
         )
     return (*locations, num_layers)
 
 
 def assign_levels(num_clients: int, shares: Sequence[float], seed: int) -> tuple[int, ...]:
-    """Each client's level: counts by largest remainder, then a seeded shuffle that does not look at the data."""
+    """Each client's level: counts by largest remainder, then a seeded shuffle blind to the data."""
     total = math.fsum(shares)
     quotas = [num_clients * share / total for share in shares]
     counts = [math.floor(quota + 1e-9) for quota in quotas]

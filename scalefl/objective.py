@@ -1,4 +1,5 @@
-"""What a sub-model with early exits minimises: cross-entropy at every exit, and self-distillation from the deepest.
+"""What a sub-model with early exits minimises: cross-entropy at every exit, and self-distillation from the
+deepest.
 
 Shapes: N answer tokens, V vocabulary, A answers (labels), S steps (tokens) of the longest answer.
 """
@@ -20,9 +21,11 @@ def exit_losses(
     temperature: float,
     adjustment_nv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss summed over answer tokens (divide by the optimizer step's), and each exit's summed cross-entropy.
+    """The loss summed over answer tokens (divide by the optimizer step's), and each exit's summed cross-
+    entropy.
 
-        L = sum_i i * [CE(exit_i) + gamma * T^2 * KL(softmax(exit_m / T) || softmax(exit_i / T))] / (m (m + 1) / 2)
+        L = sum_i i * [CE(exit_i) + gamma * T^2 * KL(softmax(exit_m / T) || softmax(exit_i / T))] / (m (m + 1)
+        / 2)
 
     without a KL term for i = m; the teacher is detached and its logits are not adjusted.
     Shapes: logits (N, V), shallowest exit first. Source: ScaleFL (CVPR 2023), section 3.3; the reference
@@ -47,20 +50,24 @@ def exit_losses(
     return total / (num_exits * (num_exits + 1) / 2), torch.stack(cross_entropies)
 
 
-def answer_prior_adjustment(label_counts: Sequence[int], answer_ids: Sequence[Sequence[int]], vocab: int) -> Tensor:
+def answer_prior_adjustment(
+    label_counts: Sequence[int], answer_ids: Sequence[Sequence[int]], vocab: int
+) -> Tensor:
     """What logit adjustment adds at step s of answer a: (A, S, V).
 
-    log(P_client(token | answer so far) / P_uniform(token | answer so far)) for tokens that continue a candidate
-    answer, 0 elsewhere; the client's label counts are smoothed by +1. A client whose labels are skewed then learns
-    the evidence in an image and not its own label frequencies. Source: Menon et al., "Long-tail learning via logit
-    adjustment" (ICLR 2021), carried over to answers of several tokens.
+    log(P_client(token | answer so far) / P_uniform(token | answer so far)) for tokens that continue a
+    candidate answer, 0 elsewhere; the client's label counts are smoothed by +1. A client whose labels are
+    skewed then learns the evidence in an image and not its own label frequencies. Source: Menon et al.,
+    "Long-tail learning via logit adjustment" (ICLR 2021), carried over to answers of several tokens.
     """
     counts = [count + 1.0 for count in label_counts]
     table = torch.zeros(len(answer_ids), max(map(len, answer_ids)), vocab)
     for a, ids in enumerate(answer_ids):
         for step in range(len(ids)):
             prefix = list(ids[:step])
-            sharing = [k for k, other in enumerate(answer_ids) if list(other[:step]) == prefix and len(other) > step]
+            sharing = [
+                k for k, other in enumerate(answer_ids) if list(other[:step]) == prefix and len(other) > step
+            ]
             total = sum(counts[k] for k in sharing)
             for token in {answer_ids[k][step] for k in sharing}:
                 continuing = [k for k in sharing if answer_ids[k][step] == token]

@@ -25,10 +25,13 @@ def resolve(kind: str, name: str) -> Any:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise InputError(
-            f"--{kind}: unknown name '{name}'; {hint}known: {', '.join(known)}, or package.module:Name for your own."
+            f"--{kind}: unknown name '{name}'; {hint}known: {', '.join(known)}, "
+            "or package.module:Name for your own."
         )
     module_name, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise InputError(f"--{kind}: cannot load '{name}' ({error}); expected package.module:Name.") from error
+        raise InputError(
+            f"--{kind}: cannot load '{name}' ({error}); expected package.module:Name."
+        ) from error

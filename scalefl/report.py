@@ -14,9 +14,7 @@ Evaluation = Mapping[str, Any]
 def levels_by_exits(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: each level's every exit, its deepest last."""
     closed = any(e["accuracy"] is not None for exits in evaluation.values() for e in exits)
-    metrics = (
-        ("balanced accuracy", "accuracy", "kappa", "mae", "loss") if closed else ("exact match", "loss")
-    )
+    metrics = ("balanced accuracy", "accuracy", "kappa", "mae", "loss") if closed else ("exact match", "loss")
     rows = []
     for level, exits in evaluation.items():
         for number, values in enumerate(exits, start=1):

@@ -1,4 +1,4 @@
-"""A tiny MiniGPT-v2 and its run, shared by the tests: 3 text layers, hidden 32, 4 heads, 16 patches, 4 image tokens."""
+"""A tiny MiniGPT-v2 shared by the tests: 3 text layers, hidden 32, 4 heads, 16 patches, 4 image tokens."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from hypothesis import settings
+from torch import Tensor, nn
 
 from scalefl.batches import Batcher
 from scalefl.config.modelfile import EVA_VIT_G, LLAMA_2_7B, ModelFile
@@ -15,6 +16,9 @@ from scalefl.contracts import Example, State
 from scalefl.models.build import build_global, new_model
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2Processor
 from scalefl.models.store import ResidentStore
+
+settings.register_profile("shared cores", deadline=None)  # a test waits when other work has the cores
+settings.load_profile("shared cores")
 
 ANSWERS = ("none", "doubtful", "minimal", "moderate", "severe")
 QUESTIONS = ("What grade?", "[vqa] What is the Kellgren-Lawrence grade of this knee?")
@@ -67,7 +71,7 @@ class Built:
 def build_store(
     *, kv_heads: int = 4, from_scratch: bool = False, random_weights: bool = True, **options: Any
 ) -> Built:
-    """The store and trainable state of the tiny model, with random weights of `WEIGHT_STD` unless told otherwise."""
+    """The tiny model's store and trainable state, with random weights of `WEIGHT_STD` unless told not to."""
     if options.get("tuning") == "lora":
         options.setdefault("freeze_vit", True)
     run = replace(RUN, **options)
@@ -120,3 +124,11 @@ def batcher(count: int = 6, of: Sequence[Example] | None = None) -> Batcher:
 
 def whole_model(built: Built, *, own: bool = False) -> Any:
     return built.store.submodel(0, built.state, own=own).eval()
+
+
+def exit_logits(model: nn.Module) -> tuple[Tensor, ...]:
+    """Of three prompts of different length, at every exit and answer token."""
+    inputs = dict(batcher().training([0, 1, 2]).inputs)
+    inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        return model(**inputs).exit_logits

@@ -165,11 +165,11 @@ def test_a_resume_starts_from_the_saved_config_in_the_folder_it_is_in(tmp_path):
 
 
 def test_a_resume_may_change_rounds_paths_and_logging_alone(tmp_path):
-    run, model_file = resolve({})
+    run, model_file = resolve({"lr": "1e-3"})
     save_config(tmp_path, run, model_file)
-    flags = {"resume": str(tmp_path), "data_root": "elsewhere", "print_freq": "3", "lr": "1e-3"}
+    flags = {"resume": str(tmp_path), "data_root": "elsewhere", "print_freq": "3", "lr": "2e-3"}
     assert problems(flags) == [
-        f"--lr: got 0.001, {tmp_path} has 0.0005; a saved run keeps it: drop the option, or start a new run."
+        f"--lr: got 0.002, {tmp_path} has 0.001; a saved run keeps it: drop the option, or start a new run."
     ]
     assert changed_on_resume(run, dataclasses.replace(run, seed=1, num_rounds=9)) == ["seed"]
 

@@ -32,7 +32,9 @@ def test_a_number_stands_for_itself() -> None:
 
 @pytest.mark.parametrize("ee_locs", [(), (1, 2)], ids=["one exit", "early exits"])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")]
+)
 def test_every_parameter_has_one_layout_of_its_own_shape(
     ee_locs: tuple[int, ...], tuning: str, targets: tuple[str, ...]
 ) -> None:
@@ -69,6 +71,13 @@ def test_lora_moves_weights_aside_and_adds_two_factors_each() -> None:
         "exit_norms.1.weight",
     }
     assert "language_model.model.norm.weight" in built.store.base
+
+
+@pytest.mark.parametrize("targets", [("q_porj",), ("q_proj", "v_porj"), ("fc1",), ("lm_head",)])
+def test_a_target_that_is_no_layer_of_the_language_models_is_named(targets: tuple[str, ...]) -> None:
+    """One misspelled target beside a good one would go unnoticed, and half the adapters be missing."""
+    with pytest.raises(InputError, match=targets[-1]):
+        build_store(tuning="lora", lora_targets=targets)
 
 
 def test_mismatches_are_named() -> None:

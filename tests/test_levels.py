@@ -46,7 +46,9 @@ def test_width_axes_choose_what_is_cut() -> None:
     assert set(specs(frozen, 0.5)[0].kept) == {"heads", "kv_heads", "ffn", "embed"}
 
 
-@pytest.mark.parametrize(("ratio", "kv_heads", "heads"), [(0.5, 1, 2), (0.75, 1, 2), (0.99, 1, 2), (1.0, 2, 4)])
+@pytest.mark.parametrize(
+    ("ratio", "kv_heads", "heads"), [(0.5, 1, 2), (0.75, 1, 2), (0.99, 1, 2), (1.0, 2, 4)]
+)
 def test_groups_of_heads_stay_whole(ratio: float, kv_heads: int, heads: int) -> None:
     axes = FAMILY.axes(FAMILY.config(model_file(kv_heads=2), processor()), cut_vision=True)
     kept = specs(axes, ratio, width_axes="inner")[0].kept
@@ -82,7 +84,7 @@ def test_the_ratio_an_error_gives_works(heads: int, ffn: int) -> None:
 
 @pytest.mark.parametrize("depth", [0, 4])
 def test_a_depth_without_an_exit_is_refused(depth: int) -> None:
-    with pytest.raises(InputError, match=rf"level 1: --horizontal_scale_ratios asks for {depth} exits.*1 to 3"):
+    with pytest.raises(InputError, match=rf"level 1: --horizontal_scale_ratios asks for {depth} .*1 to 3"):
         level_specs({}, (1.0,), (depth,), "inner", num_exits=3)
 
 
@@ -101,7 +103,9 @@ SHARES = st.lists(st.integers(0, 10), min_size=1, max_size=5).filter(any)
 
 
 @given(st.integers(1, 60), SHARES, st.integers(0, 9))
-def test_every_client_has_exactly_one_level_by_largest_remainder(clients: int, shares: list[int], seed: int) -> None:
+def test_every_client_has_exactly_one_level_by_largest_remainder(
+    clients: int, shares: list[int], seed: int
+) -> None:
     """Reference defect 2: no client is left over. Exact arithmetic; ties go to the weaker level."""
     levels = assign_levels(clients, [share / sum(shares) for share in shares], seed)
     assert len(levels) == clients

@@ -1,4 +1,4 @@
-"""Laws of the loss: design.md's formula, a teacher without gradient, and logits adjusted by the client's prior."""
+"""Laws of the loss: design.md's formula, a teacher without gradient, logits adjusted by a client's prior."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,10 @@ RTOL = 1e-5
 """The loss computes in fp32: some tens of roundings of 6e-8 each, against a reference in float64."""
 
 
-def reference(exits: Sequence[Tensor], targets: Tensor, gamma: float, T: float, adjustment: Any = 0.0) -> Tensor:
-    """L = sum_i i * [CE_i + gamma T^2 KL(softmax(z_m / T) || softmax(z_i / T))] / (m (m+1) / 2), summed over tokens."""
+def reference(
+    exits: Sequence[Tensor], targets: Tensor, gamma: float, T: float, adjustment: Any = 0.0
+) -> Tensor:
+    """sum_i i * [CE_i + gamma T^2 KL(softmax(z_m / T) || softmax(z_i / T))] / (m (m+1) / 2), summed."""
     m, total = len(exits), torch.zeros((), dtype=torch.float64)
     p_teacher = (exits[-1] / T).exp() / (exits[-1] / T).exp().sum(-1, keepdim=True)
     for i, z in enumerate(exits, start=1):
@@ -32,7 +34,9 @@ def reference(exits: Sequence[Tensor], targets: Tensor, gamma: float, T: float, 
     return total / (m * (m + 1) / 2)
 
 
-def random_exits(num_exits: int, tokens: int = 5, vocab: int = 7, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+def random_exits(
+    num_exits: int, tokens: int = 5, vocab: int = 7, seed: int = 0
+) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_exits, tokens, vocab, generator=generator, dtype=torch.float64) * 2
     targets = torch.randint(vocab, (tokens,), generator=generator)
@@ -42,7 +46,9 @@ def random_exits(num_exits: int, tokens: int = 5, vocab: int = 7, seed: int = 0)
 @pytest.mark.parametrize("num_exits", [1, 2, 4])
 @pytest.mark.parametrize(("gamma", "T"), [(0.0, 1.0), (1.0, 3.0), (0.3, 0.7)])
 @pytest.mark.parametrize("adjusted", [False, True])
-def test_loss_and_gradients_equal_a_float64_reference(num_exits: int, gamma: float, T: float, adjusted: bool) -> None:
+def test_loss_and_gradients_equal_a_float64_reference(
+    num_exits: int, gamma: float, T: float, adjusted: bool
+) -> None:
     exits, targets = random_exits(num_exits)
     adjustment = torch.randn(5, 7, generator=torch.Generator().manual_seed(9)) if adjusted else None
     loss, _ = exit_losses(exits, targets, distill_weight=gamma, temperature=T, adjustment_nv=adjustment)
@@ -108,7 +114,7 @@ def test_no_answer_token_gives_zero_loss_and_zero_gradient() -> None:
     exits, targets = random_exits(2, tokens=0)
     loss, _ = exit_losses(exits, targets, distill_weight=1.0, temperature=2.0)
     loss.backward()
-    assert float(loss) == 0.0 and all(z.grad is not None and z.grad.numel() == 0 for z in exits)
+    assert float(loss.detach()) == 0.0 and all(z.grad is not None and z.grad.numel() == 0 for z in exits)
 
 
 CASES = (
@@ -146,7 +152,7 @@ def test_adjustment_is_the_log_ratio_of_priors_by_enumeration(
 
 
 def test_adjustment_over_an_answer_sums_to_the_log_ratio_of_label_priors() -> None:
-    """However the tokenizer splits an answer, its tokens together carry log(P_client(label) / P_uniform(label))."""
+    """However an answer is split, its tokens together carry log(P_client(label) / P_uniform(label))."""
     counts = [40, 3, 0, 7, 1]
     ids = [tuple(processor().encode_answer(answer)) for answer in ANSWERS]
     table = answer_prior_adjustment(counts, ids, vocab=280)

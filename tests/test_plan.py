@@ -34,7 +34,9 @@ def brute_force(layout: Layout, sizes: dict[str, int], kept: dict[str, int]) -> 
         full = [int(axis) if axis.isdecimal() else sizes[axis] for axis in axes]
         named = list(itertools.product(*(range(size) for size in full)))
         bound = [kept.get(axis, size) for axis, size in zip(axes, full, strict=True)]
-        positions.append([at for at, name in enumerate(named) if all(i < b for i, b in zip(name, bound, strict=True))])
+        positions.append(
+            [at for at, name in enumerate(named) if all(i < b for i, b in zip(name, bound, strict=True))]
+        )
     return positions
 
 
@@ -44,7 +46,9 @@ def plan_of(layout: Layout, sizes: dict[str, int], kept: dict[str, int]) -> Plan
 
 
 @given(cuts())
-def test_a_cut_takes_the_coordinates_of_the_definition(case: tuple[Layout, dict[str, int], dict[str, int]]) -> None:
+def test_a_cut_takes_the_coordinates_of_the_definition(
+    case: tuple[Layout, dict[str, int], dict[str, int]],
+) -> None:
     layout, sizes, kept = case
     shape = [math.prod(int(axis) if axis.isdecimal() else sizes[axis] for axis in axes) for axes in layout]
     whole = torch.arange(math.prod(shape)).view(shape)
@@ -54,7 +58,9 @@ def test_a_cut_takes_the_coordinates_of_the_definition(case: tuple[Layout, dict[
 
 
 @given(cuts())
-def test_prefixes_are_slices_and_slices_are_prefixes(case: tuple[Layout, dict[str, int], dict[str, int]]) -> None:
+def test_prefixes_are_slices_and_slices_are_prefixes(
+    case: tuple[Layout, dict[str, int], dict[str, int]],
+) -> None:
     """Whatever could be a view is one: an index tensor stands only where positions are not 0, 1, 2, ..."""
     layout, sizes, kept = case
     for part, positions in zip(plan_of(*case).index, brute_force(layout, sizes, kept), strict=True):

@@ -17,7 +17,7 @@ from scalefl.slicing.plan import Plan
 
 
 class CoverageMean:
-    """A streaming sum of changes and of weights, one each per coordinate: memory does not grow with clients."""
+    """Streaming sums of changes and of weights per coordinate: memory does not grow with clients."""
 
     def __init__(self, global_state: Mapping[str, Tensor], plans: Mapping[int, Plan], weighting: str) -> None:
         """`global_state` is fp32 on the CPU; `plans` are by level; `weighting` is "examples" or "uniform"."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from scalefl import __version__
 from scalefl.config import options
 from scalefl.config.options import GROUPS
+from scalefl.config.resolve import RESUME_SAVE_PATH
 from scalefl.config.values import OPTION_KINDS
 from scalefl.contracts import InputError
 
@@ -82,6 +83,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
                 section.add_argument(off, action="store_false", dest=option.name, help=argparse.SUPPRESS)
             elif get_origin(kind) is tuple:
                 section.add_argument(flag, nargs="*", metavar=_metavar(get_args(kind)[0]), help=text)
+            elif option.name == "resume":
+                section.add_argument(flag, nargs="?", const=RESUME_SAVE_PATH, metavar="FOLDER", help=text)
             else:
                 section.add_argument(flag, metavar=_metavar(kind), help=text)
 

@@ -86,6 +86,8 @@ class ModelFile:
     low_resource: bool = False
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    window: bool = False
+    """Stretch the 1st to 99th percentile of every image to the full range: exposures differ between scanners."""
     vision: Mapping[str, Any] = field(default_factory=lambda: dict(EVA_VIT_G))
     text: Mapping[str, Any] = field(default_factory=lambda: dict(LLAMA_2_7B))
     """Without vocab_size where the tokenizer is trained, and decides it."""
@@ -98,7 +100,7 @@ class ModelFile:
 MODEL_KINDS = {
     name: kind
     for name, kind in get_type_hints(ModelFile).items()
-    if name not in ("name", "image_mean", "image_std", "vision", "text", "tokenizer", "train")
+    if name not in ("name", "image_mean", "image_std", "window", "vision", "text", "tokenizer", "train")
 }
 """Key in `model:` -> its type."""
 
@@ -219,8 +221,8 @@ class _Reader:
     def preprocess(self, raw: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
         """Image size, mean and standard deviation. Train and eval share one processor here, so must agree."""
         values: dict[str, Any] = {"image_size": model["image_size"]} if "image_size" in model else {}
-        kinds = {"image_size": int, "mean": tuple[float, ...], "std": tuple[float, ...]}
-        renamed = {"image_size": "image_size", "mean": "image_mean", "std": "image_std"}
+        kinds = {"image_size": int, "mean": tuple[float, ...], "std": tuple[float, ...], "window": bool}
+        renamed = {"image_size": "image_size", "mean": "image_mean", "std": "image_std", "window": "window"}
         unused = {"name", "min_scale", "max_scale"}
         for key in set(raw) - {"vis_processor", "text_processor"}:
             self.unknown(key, ("vis_processor", "text_processor"), "preprocess.")

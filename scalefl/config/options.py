@@ -126,7 +126,7 @@ class FederationOptions:
     lr_gamma: float = 0.1
     """Factor of multistep (per milestone) and exponential (per round)."""
     warmup_steps: int = 0
-    """First optimizer steps of every client and round over which the rate rises: its optimizer starts afresh."""
+    """First optimizer steps of every client and round, over which the rate rises from zero."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; none: no clipping."""
     aggregation: str = "coverage_mean"

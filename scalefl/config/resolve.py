@@ -5,16 +5,20 @@ A run that is resumed or evaluated starts from its own saved config in place of 
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from scalefl.config.checks import problems as problems_of
 from scalefl.config.modelfile import ModelFile, read_model_file
 from scalefl.config.options import LevelOptions, ModelOptions, RunConfig
 from scalefl.config.recipes import RECIPES
-from scalefl.config.saved import changed_on_resume, load_config, to_dict
+from scalefl.config.saved import CONFIG_FILE, changed_on_resume, load_config, to_dict
 from scalefl.config.values import Given, OptionsRead, read_options
 from scalefl.config.yamlfile import read_yaml
 from scalefl.contracts import InputError
+
+RESUME_SAVE_PATH = "in --save_path"
+"""`--resume` without a folder: the run in `--save_path`, or a new one where there is none yet."""
 
 FIXED_IN_EVALUATION = {f.name for group in (ModelOptions, LevelOptions) for f in fields(group)} - {
     "precision",
@@ -34,15 +38,14 @@ def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[R
     from_flags = read_options(flags, "--{}".format)
     explicit = {**from_file.given, **from_flags.given}
     found = from_file.problems + from_flags.problems
+    _settle_resume(explicit)
     try:
         base, model_file = _base(explicit)
     except InputError as error:
         raise InputError("\n".join([*found, str(error)])) from error
 
     layers = {**base, **_recipe(base, explicit), **explicit}
-    if (
-        "momentum" in explicit and "optimizer" not in explicit
-    ):  # as in the reference, whose one optimizer is SGD
+    if "momentum" in explicit and "optimizer" not in explicit:  # as in the original, whose optimizer is SGD
         layers["optimizer"] = Given(value="sgd", where="--optimizer")
     if "save_path" not in explicit and "resume" in layers and layers["resume"].value:
         layers["save_path"] = layers["resume"]  # the folder may have been moved since the run began
@@ -58,6 +61,14 @@ def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[R
     if found:
         raise InputError("\n".join(found))
     return run, model_file
+
+
+def _settle_resume(explicit: dict[str, Given]) -> None:
+    """Turn `--resume` without a folder into the folder it means, or into a new run."""
+    if "resume" in explicit and explicit["resume"].value == RESUME_SAVE_PATH:
+        folder = explicit["save_path"].value if "save_path" in explicit else RunConfig.save_path
+        value = folder if Path(folder, CONFIG_FILE).is_file() else None
+        explicit["resume"] = Given(value=value, where="--resume")
 
 
 def _base(explicit: Mapping[str, Given]) -> tuple[dict[str, Given], ModelFile]:

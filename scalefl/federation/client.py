@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scalefl.batches import Batch, Batcher, draw_shifts, step_order
+from scalefl.batches import Batch, Batcher, Ids, draw_shifts, step_order
 from scalefl.config.options import RunConfig
 from scalefl.contracts import ClientTask, ClientUpdate, InputError
 from scalefl.engine import Engine, Session
@@ -33,7 +33,9 @@ class ClientTrainer:
     on_step: Callable[[ClientTask, int, int, float], None]
     """(task, step, steps, loss) after every step."""
 
-    def train(self, session: Session, task: ClientTask, sent: Mapping[str, Tensor], lr: float) -> ClientUpdate:
+    def train(
+        self, session: Session, task: ClientTask, sent: Mapping[str, Tensor], lr: float
+    ) -> ClientUpdate:
         """Train one client from the state it was `sent` and return the change."""
         run, started = self.run, time.perf_counter()
         session.load(sent)
@@ -74,8 +76,10 @@ class ClientTrainer:
             },
         )
 
-    def _micro_batches(self, ids: Sequence[int] | np.ndarray, shifts: np.ndarray | None) -> list[Batch]:
-        """This rank's share of a step. Every rank gets as many micro-batches; those beyond its share predict nothing."""
+    def _micro_batches(self, ids: Ids, shifts: np.ndarray | None) -> list[Batch]:
+        """This rank's share of a step. Every rank gets as many micro-batches; those beyond its share predict
+        nothing.
+        """
         size, ranks = micro_batch_size(self.run, self.engine.num_processes), self.engine.num_processes
         rounds = -(-len(ids) // (size * ranks))
         batches = []
@@ -97,7 +101,9 @@ class ClientTrainer:
 
 
 class Objective:
-    """The loss of one micro-batch as a function of the model; keeps the deepest exit's cross-entropy for reports."""
+    """The loss of one micro-batch as a function of the model; keeps the deepest exit's cross-entropy for
+    reports.
+    """
 
     def __init__(self, *, distill_weight: float, temperature: float, table: Tensor | None) -> None:
         self._distill_weight, self._temperature, self._table = distill_weight, temperature, table
@@ -134,7 +140,8 @@ def micro_batch_size(run: RunConfig, num_processes: int) -> int:
     if size < 1 or run.batch_size % (size * num_processes):
         unit = max(size, 1) * num_processes
         raise InputError(
-            f"--batch-size {run.batch_size} cannot be shared by {num_processes} processes in micro-batches of "
-            f"{max(size, 1)}; expected a multiple of {unit}, such as {-(-run.batch_size // unit) * unit}, or fewer processes."
+            f"--batch-size {run.batch_size} cannot be shared by {num_processes} processes in micro-batches "
+            f"of {max(size, 1)}; expected a multiple of {unit}, such as {-(-run.batch_size // unit) * unit}, "
+            "or fewer processes."
         )
     return size

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from scalefl.federation.client import ClientTrainer
 from scalefl.federation.records import RunFolder
 from scalefl.federation.setup import Federation
 from scalefl.federation.stop import StopSignal
-from scalefl.models.store import WHOLE
 from scalefl.registry import resolve
 from scalefl.report import selection_value, summary
 from scalefl.seeding import numpy_rng
@@ -73,7 +71,9 @@ class RoundLoop:
         self._display.round_starts(number, self._run.num_rounds, len(tasks))
         saved_at = time.monotonic()
         try:
-            for update in self._executor.train([t for t in tasks if t.client not in finished], before.state, lr):
+            for update in self._executor.train(
+                [t for t in tasks if t.client not in finished], before.state, lr
+            ):
                 clients.append(self._merge(merge, update))
                 self._clients_done = len(clients)
                 if time.monotonic() - saved_at > self._run.save_every_seconds:
@@ -101,7 +101,9 @@ class RoundLoop:
         """Add an update to the sums unless it holds a value that is not finite; the client's record."""
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in update.delta.values())
         if not finite:
-            log.warning("client %d (level %d): update is not finite and was dropped", update.client, update.level)
+            log.warning(
+                "client %d (level %d): update is not finite and was dropped", update.client, update.level
+            )
         elif self._engine.is_main:
             merge.add(update)
         return {
@@ -114,7 +116,11 @@ class RoundLoop:
 
     def _merged(self, merge: Any, before: State) -> State:
         """Rank 0 merges, every rank gets the result."""
-        state = merge.finish() if self._engine.is_main else {name: torch.empty_like(t) for name, t in before.items()}
+        state = (
+            merge.finish()
+            if self._engine.is_main
+            else {name: torch.empty_like(t) for name, t in before.items()}
+        )
         return self._engine.broadcast_state(state)
 
     def _evaluate(self, number: int, state: State) -> dict[str, Any] | None:
@@ -186,7 +192,8 @@ def sample_cohort(
     size = max(1, math.floor(run.sample_rate * run.num_clients + 0.5))
     chosen = numpy_rng(run.seed, "cohort", round=number).choice(run.num_clients, size=size, replace=False)
     return [
-        ClientTask(client=int(c), level=client_levels[c], round=number, example_ids=clients[c]) for c in sorted(chosen)
+        ClientTask(client=int(c), level=client_levels[c], round=number, example_ids=clients[c])
+        for c in sorted(chosen)
     ]
 
 

@@ -60,7 +60,7 @@ def evaluate(run: RunConfig, model_file: ModelFile) -> None:
         evaluation = evaluate_levels(federation, split, progress.state, lambda: None)
         if evaluation:
             display.table(
-                f"{federation.data.name} {split}, {run.evaluate_from}, {run.evalmode} evaluation, {run.scoring} scoring",
+                f"{federation.data.name} {split}, {run.evaluate_from}, {run.evalmode}, by {run.scoring}",
                 *levels_by_exits(evaluation),
             )
 
@@ -85,13 +85,13 @@ def _check_same_parameters(progress: Progress, initial: State, source: str) -> N
         got, expected = (tuple(s[name].shape) if name in s else "nothing" for s in (progress.state, initial))
         if got != expected:
             raise InputError(
-                f"{source}: checkpoint of another architecture: {name} has shape {got}, this run's model expects "
-                f"{expected}; use the --cfg-path, --tuning and --lora_r it was trained with."
+                f"{source}: checkpoint of another architecture: {name} has shape {got}, this run's model "
+                f"expects {expected}; use the --cfg-path, --tuning and --lora_r it was trained with."
             )
 
 
 def _final_results(federation: Federation, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Test results of the best checkpoint by validation, or of the last round where there is no validation."""
+    """Test results of the best checkpoint by validation, or of the last round without validation."""
     selected, state = progress.round, progress.state
     if progress.best is not None and progress.best["round"] != progress.round:
         selected = progress.best["round"]
@@ -123,20 +123,40 @@ def _print_setup(display: Display, federation: Federation) -> None:
         count = federation.client_levels.count(level)
         kept = " ".join(f"{axis}={units}" for axis, units in spec.kept.items())
         rows.append(
-            [f"level {level}", count, f"{spec.width_ratio:g}", spec.depth, f"{cost.parameters:,}", f"{cost.trainable:,}"]
+            [
+                f"level {level}",
+                count,
+                f"{spec.width_ratio:g}",
+                spec.depth,
+                f"{cost.parameters:,}",
+                f"{cost.trainable:,}",
+            ]
             + [f"{cost.macs / 1e6:,.1f} M", f"{cost.bytes_each_way / 1e6:.2f} MB", kept]
         )
-    columns = ["level", "clients", "width", "exits", "parameters", "trainable", "MACs/example", "up = down", "keeps"]
+    columns = [
+        "level",
+        "clients",
+        "width",
+        "exits",
+        "parameters",
+        "trainable",
+        "MACs/example",
+        "up = down",
+        "keeps",
+    ]
     display.table("levels", columns, rows)
-    counts = describe(data.splits["train"], federation.clients, data.answers)
+    held = describe(data.splits["train"], federation.clients, data.answers)
     rows = [
-        [f"client {c.client}", federation.client_levels[c.client], c.patients, c.examples, *c.by_label] for c in counts
+        [f"client {c.client}", federation.client_levels[c.client], c.patients, c.examples, *c.by_label]
+        for c in held
     ]
     display.table("clients", ["client", "level", "patients", "examples", *(data.answers or ())], rows)
 
 
 def _print_results(display: Display, folder: RunFolder, results: dict[str, Any]) -> None:
-    title = f"{results['data']} {results['split']}, round {results['selected_round']} ({results['selected_by']})"
+    title = (
+        f"{results['data']} {results['split']}, round {results['selected_round']} ({results['selected_by']})"
+    )
     display.table(title, *levels_by_exits(results["levels"]))
     display.line(f"results      {folder.results}")
     display.line(f"rounds       {folder.metrics}")

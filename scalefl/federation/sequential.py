@@ -1,8 +1,11 @@
-"""Sequential executor: all ranks train one client at a time; clients of one level share one sub-model and engine."""
+"""Sequential executor: all ranks train one client at a time; clients of one level share one sub-model and
+engine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from scalefl.contracts import ClientTask, ClientUpdate, State
 from scalefl.federation.client import ClientTrainer
@@ -18,12 +21,14 @@ class Sequential:
         return sorted(tasks, key=lambda task: (task.level, task.client))
 
     def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[ClientUpdate]:
-        """Train every task and yield its update as soon as it is there; on ranks other than 0 deltas are empty."""
+        """Train every task and yield its update as soon as it is there; on ranks other than 0 deltas are
+        empty.
+        """
         engine = self._trainer.engine
         ordered = self.order(tasks)
         for level in dict.fromkeys(task.level for task in ordered):
             sent = self._store.level_state(level, global_state)
-            model = self._store.submodel(level, global_state, own=True)
+            model: Any = self._store.submodel(level, global_state, own=True)
             if self._trainer.run.gradient_checkpointing:
                 model.gradient_checkpointing_enable()
             session = engine.session(model, self._trainer.run)

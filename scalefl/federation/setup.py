@@ -18,6 +18,7 @@ from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
 from scalefl.engine import Engine
 from scalefl.evaluate import Evaluator
+from scalefl.federation.client import micro_batch_size
 from scalefl.levels import assign_levels
 from scalefl.models.build import build_global, new_model
 from scalefl.models.store import ResidentStore
@@ -54,7 +55,7 @@ class Federation:
 
     @property
     def adjusts_logits(self) -> bool:
-        """`--logit_adjustment auto` is on where the answers are closed and the partition is skewed by label."""
+        """`--logit_adjustment auto`: where the answers are closed and the partition is skewed by label."""
         if self.run.logit_adjustment == "auto":
             return self.data.answers is not None and self.run.partitioner in LABEL_PARTITIONERS
         return self.run.logit_adjustment == "on"
@@ -72,6 +73,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
     `processor_from` is a checkpoint whose tokenizer to use: other data must not train another one.
     """
     engine = Engine(run)
+    micro_batch_size(run, engine.num_processes)  # refuses a batch that cannot be shared before data is read
     data = _training_splits(resolve("data", run.data)(run), run)
     _check_answers(run, data)
     family = resolve("arch", run.arch)
@@ -94,7 +96,8 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
         for split, examples in data.splits.items()
     }
     batchers = {
-        split: Batcher(processor, examples, pixels[split], engine.device) for split, examples in data.splits.items()
+        split: Batcher(processor, examples, pixels[split], engine.device)
+        for split, examples in data.splits.items()
     }
     evaluator = {
         split: Evaluator(
@@ -114,7 +117,9 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
         evaluator=evaluator,
         clients=clients,
         client_levels=client_levels,
-        held_out={split: _held_out(run, data, split, clients, client_levels, store) for split in ("val", "test")},
+        held_out={
+            split: _held_out(run, data, split, clients, client_levels, store) for split in ("val", "test")
+        },
     )
 
 
@@ -172,7 +177,7 @@ def _model(
             return _from_part(run, source, earlier, earlier_file, family, device)
     if not (source / "config.json").is_file():
         raise InputError(
-            f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors, "
+            f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
             "or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
         )
     model, processor = family.load_folder(str(source))
@@ -181,7 +186,12 @@ def _model(
 
 
 def _from_part(
-    run: RunConfig, source: Path, earlier: RunConfig, earlier_file: ModelFile, family: Any, device: torch.device
+    run: RunConfig,
+    source: Path,
+    earlier: RunConfig,
+    earlier_file: ModelFile,
+    family: Any,
+    device: torch.device,
 ) -> tuple[Any, ResidentStore, State]:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
     progress = checkpoint.load(source)
@@ -189,8 +199,8 @@ def _from_part(
     differing = [name for name in same if getattr(earlier, name) != getattr(run, name)]
     if differing:
         raise InputError(
-            f"--init_from {source}: holds the trained part of a model alone; expected the options it was trained "
-            f"with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
+            f"--init_from {source}: holds only the trained part of a model; expected the options it was "
+            f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
         )
     processor = family.load_processor(str(source))
     if earlier.init_from is None:
@@ -209,7 +219,9 @@ def _held_out(
     client_levels: tuple[int, ...],
     store: ResidentStore,
 ) -> dict[int, list[int]]:
-    """`--evalmode global`: everything for every level; `local`: the pooled held-out data of a level's clients."""
+    """`--evalmode global`: everything for every level; `local`: the pooled held-out data of a level's
+    clients.
+    """
     examples = data.splits[split]
     levels = [level for level in store.slices if level in client_levels or run.evalmode == "global"]
     if run.evalmode == "global" or not examples:

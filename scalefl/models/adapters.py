@@ -20,14 +20,14 @@ class LoraSpec:
 
 
 def add_lora(model: nn.Module, spec: LoraSpec) -> None:
-    """Wrap the targeted layers of the language model in place; B starts at zero, so the model's output stays."""
+    """Wrap the targeted layers of the language model in place; B starts at zero: the output stays."""
     # peft imports bitsandbytes, which takes seconds and speaks at import: not for runs without adapters.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # a float works; peft annotates int
         lora_dropout=spec.dropout,
         target_modules=rf"language_model\..*\.({'|'.join(spec.targets)})",
     )
@@ -39,7 +39,7 @@ def is_adapter(name: str) -> bool:
 
 
 def adapter_layouts(base: LayoutTable, spec: LoraSpec) -> LayoutTable:
-    """The family's table after `add_lora`: each target's weight moves to `base_layer`, and A and B join it."""
+    """The family's table after `add_lora`: a target's weight moves to `base_layer`; A and B join it."""
     table = []
     for pattern, layout in base:
         target = pattern.removesuffix(".weight").rsplit(".", 1)[-1]

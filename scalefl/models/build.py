@@ -1,4 +1,6 @@
-"""The global model at the start of a run: from scratch or from a folder, split into frozen base and trainable state."""
+"""The global model at the start of a run: from scratch or from a folder, split into frozen base and trainable
+state.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from scalefl.config.options import RunConfig
-from scalefl.contracts import InputError, LevelSpec, State
+from scalefl.contracts import State
 from scalefl.levels import exit_layers, level_specs
 from scalefl.models.adapters import LoraSpec, add_lora, is_adapter
 from scalefl.models.store import ResidentStore
@@ -25,7 +27,8 @@ def build_global(
 ) -> tuple[ResidentStore, State]:
     """The resident store of `model`'s frozen part, and its trainable state (fp32, CPU).
 
-    Exits and, under `--tuning lora`, adapters are added to `model`, which is taken apart: do not use it afterwards.
+    Exits and, under `--tuning lora`, adapters are added to `model`, which is taken apart: do not use it
+    afterwards.
     """
     config = model.config
     layers = exit_layers(run.ee_locs, family.num_layers(config))
@@ -42,7 +45,9 @@ def build_global(
         zero_tails(linear, layouts, sizes, smallest)
     lora = None
     if run.tuning == "lora":
-        lora = LoraSpec(rank=run.lora_r, alpha=run.lora_alpha, dropout=run.lora_dropout, targets=run.lora_targets)
+        lora = LoraSpec(
+            rank=run.lora_r, alpha=run.lora_alpha, dropout=run.lora_dropout, targets=run.lora_targets
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(run.seed, "adapters"))
             add_lora(model, lora)
@@ -72,7 +77,7 @@ def new_model(run: RunConfig, family: Any, config: Any) -> nn.Module:
 
 
 def _set_exits(model: Any, layers: list[int]) -> None:
-    """Put exits after `layers`; new ones start from the final norm. Exits the model already has there stay."""
+    """Put exits after `layers`; new ones start from the final norm, those already there stay."""
     before = {layer: model.exit_norm(i).weight for i, layer in enumerate(model.config.exit_layers, start=1)}
     final = model.exit_norm(len(model.config.exit_layers))
     norms = []
@@ -81,7 +86,9 @@ def _set_exits(model: Any, layers: list[int]) -> None:
         norm.weight.data.copy_(before.get(layer, final.weight).data)
         norms.append(norm)
     if len(before) > 1 and list(before) != layers:
-        log.warning("exits move from layers %s to %s; new ones start from the final norm", list(before), layers)
+        log.warning(
+            "exits move from layers %s to %s; new ones start from the final norm", list(before), layers
+        )
     model.exit_norms = nn.ModuleList(norms)
     model.config.exit_layers = layers
 

@@ -1,4 +1,6 @@
-"""What a level costs its clients: parameters, multiply-accumulates, bytes; on the meta device, without weights."""
+"""What a level costs its clients: parameters, multiply-accumulates, bytes; on the meta device, without
+weights.
+"""
 
 from __future__ import annotations
 

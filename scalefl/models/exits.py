@@ -36,7 +36,7 @@ def hidden_at_exits(
         inputs_embeds=embeds_bld,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        position_ids=None,  # only used to look for packed sequences, which stalls a GPU and which we never build
+        position_ids=None,  # only used to look for packed sequences: that stalls a GPU, and we have none
     )
     rotary = decoder.rotary_emb(embeds_bld, position_ids=position_ids)
     hidden_bld, at_exits = embeds_bld, []

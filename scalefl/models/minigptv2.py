@@ -1,8 +1,9 @@
 """MiniGPT-v2 with early exits, in Hugging Face conventions, and how it is cut.
 
-EVA ViT-g (`Blip2VisionModel`, CLS dropped) -> 4 neighbouring tokens concatenated -> linear projector -> Llama.
-Source: Chen et al. 2023 (arXiv 2310.09478) and its published code.
-Shapes: B batch, L positions, P patches, T image tokens (P / 4), D text hidden, V vocabulary, N predicted positions.
+EVA ViT-g (`Blip2VisionModel`, CLS dropped) -> 4 neighbouring tokens concatenated -> linear projector ->
+Llama. Source: Chen et al. 2023 (arXiv 2310.09478) and its published code.
+Shapes: B batch, L positions, P patches, T image tokens (P / 4), D text hidden, V vocabulary, N predicted
+positions.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class SlicedLlamaConfig(LlamaConfig):
     model_type = "scalefl_llama"
 
     def validate_architecture(self) -> None:
-        """Upstream demands hidden_size % num_attention_heads == 0 even where head_dim is given; we give it."""
+        """Upstream demands hidden_size % num_attention_heads == 0 even where head_dim is given."""
 
 
 @strict
@@ -53,9 +54,9 @@ class MiniGPTv2Config(PreTrainedConfig):
     model_type = "minigpt_v2"
     sub_configs = {"vision_config": Blip2VisionConfig, "text_config": SlicedLlamaConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    exit_layers: list[int] | None = None
+    vision_config: Any = None
+    text_config: Any = None
+    exit_layers: Any = None
     image_token_id: int = 4
     ln_vision_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -63,7 +64,9 @@ class MiniGPTv2Config(PreTrainedConfig):
     input_scales: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """`exit_layers` end with the last layer; `input_scales` maps a module to a factor (`--width_scaler`)."""
+        """`exit_layers` ends with the last layer; `input_scales` maps a module to a factor
+        (`--width_scaler`).
+        """
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = Blip2VisionConfig(**(self.vision_config or {}))
         if not isinstance(self.text_config, PreTrainedConfig):
@@ -85,7 +88,7 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = MiniGPTv2Config
     config: MiniGPTv2Config
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -100,7 +103,9 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.projector = nn.Linear(PATCHES_PER_TOKEN * vision.hidden_size, text.hidden_size)
         self.language_model = LlamaForCausalLM(text)
         earlier = config.exit_layers[:-1]
-        self.exit_norms = nn.ModuleList(LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps) for _ in earlier)
+        self.exit_norms = nn.ModuleList(
+            LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps) for _ in earlier
+        )
         self._scale_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.apply_input_scales()
         self.post_init()
@@ -112,11 +117,15 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def apply_input_scales(self) -> None:
-        """Multiply the inputs of the modules named in `config.input_scales` (again, after modules were wrapped)."""
+        """Multiply the inputs of the modules named in `config.input_scales` (again, after modules were
+        wrapped).
+        """
         for handle in self._scale_hooks:
             handle.remove()
         self._scale_hooks = [
-            self.get_submodule(name).register_forward_pre_hook(lambda _, args, s=factor: (args[0] * s, *args[1:]))
+            self.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, s=factor: (args[0] * s, *args[1:])
+            )
             for name, factor in (self.config.input_scales or {}).items()
         ]
 
@@ -160,9 +169,9 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> MiniGPTv2Output:
         """Logits of one exit (B, L, V), default the deepest; or of every exit at given positions.
 
-        `input_ids` (B, L) carry `image_token_id` at image positions, T of them for each image. `labels` (B, L),
-        -100 = ignore, give `loss`, the mean over answer tokens. `predict_at` (N) are flat positions b * L + l:
-        then only `exit_logits`, one (N, V) per exit, is returned. `exit` counts from 1.
+        `input_ids` (B, L) carry `image_token_id` at image positions, T of them for each image. `labels` (B,
+        L), -100 = ignore, give `loss`, the mean over answer tokens. `predict_at` (N) are flat positions b * L
+        + l: then only `exit_logits`, one (N, V) per exit, is returned. `exit` counts from 1.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -170,7 +179,7 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.input_embeds(input_ids, pixel_values)
         decoder, head = self.language_model.model, self.language_model.lm_head
         layers = self.config.exit_layers
-        context = {"attention_mask": attention_mask, "position_ids": position_ids}
+        context: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
         if predict_at is not None:
             hidden = hidden_at_exits(decoder, inputs_embeds, layers, **context)
             exits = enumerate(hidden, start=1)
@@ -187,14 +196,20 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_blv = head(self.exit_norm(chosen)(hidden_bld[:, keep]))
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits_blv[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(
+                logits_blv[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            )
         return MiniGPTv2Output(loss=loss, logits=logits_blv, past_key_values=past_key_values)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]  # upstream models narrow it like this as well
+        self, input_ids: torch.LongTensor, **kwargs: Any
+    ) -> dict[str, Any]:
         """The image enters with the prompt alone; later steps find it in the cache."""
         first = kwargs.get("is_first_iteration", True)
         pixel_values, exit = kwargs.pop("pixel_values", None), kwargs.pop("exit", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = GenerationMixin.prepare_inputs_for_generation(  # type: ignore[arg-type]  # as above
+            self, input_ids, **kwargs
+        )
         inputs["pixel_values"] = pixel_values if first or not kwargs.get("use_cache", True) else None
         inputs["exit"] = exit
         return inputs
@@ -262,18 +277,22 @@ class MiniGPTv2Family:
         """
         if model_file.tokenizer.get("kind") != "trained":
             raise InputError(
-                f"{model_file.name}: llama_model, vit_model and ckpt name released weights, which this version "
-                "cannot convert yet; expected --init_from with a model folder of this project, or --cfg-path tiny."
+                f"{model_file.name}: llama_model, vit_model and ckpt name released weights, which this "
+                "version cannot convert yet; expected --init_from with a model folder of this project, or "
+                "--cfg-path tiny."
             )
         size, patch = model_file.image_size, model_file.vision["patch_size"]
         num_patches = (size // patch) ** 2
         if size % patch or num_patches % PATCHES_PER_TOKEN:
             raise InputError(
-                f"{model_file.name}: image_size {size} with patch_size {patch} gives {num_patches} patches; expected a "
-                f"multiple of the patch size whose patches divide by {PATCHES_PER_TOKEN}, such as {8 * patch}."
+                f"{model_file.name}: image_size {size} with patch_size {patch} gives {num_patches} patches; "
+                f"expected a multiple of the patch size whose patches divide by {PATCHES_PER_TOKEN}, such as "
+                f"{8 * patch}."
             )
         images = BlipImageProcessorPil(
-            size={"height": size, "width": size}, image_mean=model_file.image_mean, image_std=model_file.image_std
+            size={"height": size, "width": size},
+            image_mean=model_file.image_mean,
+            image_std=model_file.image_std,
         )
         prompt = model_file.prompt_template.format(IMAGE_SLOT)
         tokenizer = train_tokenizer([*texts, prompt], model_file.tokenizer["vocab_size"])
@@ -281,9 +300,10 @@ class MiniGPTv2Family:
             image_processor=images,
             tokenizer=tokenizer,
             num_image_tokens=num_patches // PATCHES_PER_TOKEN,
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+            image_token_id=tokenizer.vocab[IMAGE_PLACEHOLDER],
             prompt_template=model_file.prompt_template,
             end_sym=model_file.end_sym,
+            window=model_file.window,
         )
 
     def config(self, model_file: Any, processor: MiniGPTv2Processor) -> MiniGPTv2Config:
@@ -345,7 +365,9 @@ class MiniGPTv2Family:
             ),
             "positions": Axis(size=(vision.image_size // vision.patch_size) ** 2 + 1),
             "patch": Axis(size=vision.patch_size),
-            "kv_heads": Axis(size=text.num_key_value_heads, cut_by="inner", seen_in=f"{layer}.self_attn.k_proj"),
+            "kv_heads": Axis(
+                size=text.num_key_value_heads, cut_by="inner", seen_in=f"{layer}.self_attn.k_proj"
+            ),
             "heads": Axis(size=text.num_attention_heads, cut_by="inner", follows="kv_heads"),
             "head_dim": Axis(size=text.head_dim),
             "ffn": Axis(size=text.intermediate_size, cut_by="inner", seen_in=f"{layer}.mlp.down_proj"),
@@ -374,8 +396,12 @@ class MiniGPTv2Family:
         )
 
     def global_name(self, name: str, spec: LevelSpec, num_exits: int) -> str:
-        """Where a sub-model's parameter lives in the whole model: its last exit's norm is an early exit's there."""
-        return f"exit_norms.{spec.depth - 1}.weight" if name == FINAL_NORM and spec.depth < num_exits else name
+        """Where a sub-model's parameter lives in the whole model: its last exit's norm is an early exit's
+        there.
+        """
+        return (
+            f"exit_norms.{spec.depth - 1}.weight" if name == FINAL_NORM and spec.depth < num_exits else name
+        )
 
     def is_vision(self, name: str) -> bool:
         return name.startswith("vision_model.")

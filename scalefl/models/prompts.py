@@ -1,4 +1,4 @@
-"""Text and images in, token ids and pixels out: MiniGPT-v2's prompt, and a tokenizer made without a download."""
+"""Text and images in, token ids and pixels out; and a tokenizer made without a download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_PLACEHOLDER)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the run's own prompts and answers: offline, deterministic, and able to write any text."""
+    """A byte-level BPE over the run's own prompts and answers: offline, deterministic, and able to write any
+    text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -31,15 +33,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(sorted(set(texts)), trainer=trainer)
     unk, bos, eos, pad, _ = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad, padding_side="left"
+        tokenizer_object=tokenizer,
+        unk_token=unk,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        padding_side="left",
     )
+
+
+def stretch(pixels_chw: Tensor) -> Tensor:
+    """An image whose 1st to 99th percentile fills 0 to 255: exposures differ between scanners."""
+    low, high = torch.quantile(pixels_chw.float(), torch.tensor([0.01, 0.99])).tolist()
+    return ((pixels_chw.float() - low) * (255 / max(high - low, 1.0))).round().clamp(0, 255).to(torch.uint8)
 
 
 class MiniGPTv2Processor(ProcessorMixin):
     """`processor(images=, text=)` -> `input_ids`, `attention_mask`, `pixel_values`.
 
-    The text is segmented at `<ImageHere>` and each segment tokenised alone, as upstream does: tokens never merge
-    across an image. The image token stands `num_image_tokens` times where the image goes.
+    The text is segmented at `<ImageHere>` and each segment tokenised alone, as upstream does: tokens never
+    merge across an image. The image token stands `num_image_tokens` times where the image goes.
     """
 
     attributes = ["image_processor", "tokenizer"]
@@ -54,12 +67,14 @@ class MiniGPTv2Processor(ProcessorMixin):
         image_token_id: int = 4,
         prompt_template: str = "[INST] {} [/INST]",
         end_sym: str = "</s>",
+        window: bool = False,
         **kwargs: Any,
     ) -> None:
         self.num_image_tokens = num_image_tokens
         self.image_token_id = image_token_id
         self.prompt_template = prompt_template
         self.end_sym = end_sym
+        self.window = window
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def encode_text(self, text: str) -> list[int]:
@@ -87,11 +102,14 @@ class MiniGPTv2Processor(ProcessorMixin):
         return self.tokenizer.decode(ids, skip_special_tokens=True).split(self.end_sym)[0].strip()
 
     def resize(self, image: Image) -> Tensor:
-        """An image as uint8 (channels, height, width) at the model's size, not yet normalised; grey stays 1 channel."""
+        """An image as uint8 (channels, height, width) at the model's size, not yet normalised; grey stays 1
+        channel.
+        """
         size = self.image_processor.size
         resized = image.resize((size["width"], size["height"]), resample=self.image_processor.resample)
         pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
-        return pixels.view(size["height"], size["width"], -1).permute(2, 0, 1).contiguous()
+        pixels_chw = pixels.view(size["height"], size["width"], -1).permute(2, 0, 1).contiguous()
+        return stretch(pixels_chw) if self.window else pixels_chw
 
     def normalise(self, pixels_bchw: Tensor) -> Tensor:
         """uint8 pixels -> what the vision tower sees, fp32, 3 channels."""
@@ -100,7 +118,10 @@ class MiniGPTv2Processor(ProcessorMixin):
         return (pixels_bchw.float() / 255 - mean) / std
 
     def __call__(
-        self, images: Image | Sequence[Image] | None = None, text: str | Sequence[str] | None = None, **kwargs: Any
+        self,
+        images: Image | Sequence[Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Left-padded prompts ready for `generate`, and normalised pixels."""
         features: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
 """The one resident model, and every level's sub-model cut from it.
 
-The frozen base is held once; a sub-model is a smaller Hugging Face model whose frozen parameters are views of it.
+The frozen base is held once; a sub-model is a smaller Hugging Face model whose frozen parameters are views of
+it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class ResidentStore:
         """Every level, and the whole model where no level is the whole."""
         whole = self.slices[WHOLE]
         full = any(
-            self.slices[level].spec.depth == whole.spec.depth and self.slices[level].spec.is_whole(self._sizes)
+            self.slices[level].spec.depth == whole.spec.depth
+            and self.slices[level].spec.is_whole(self._sizes)
             for level in self.levels
         )
         return self.levels if full else (*self.levels, WHOLE)
@@ -85,18 +87,25 @@ class ResidentStore:
     def submodel(self, level: int, state: Mapping[str, Tensor], *, own: bool) -> nn.Module:
         """A level's sub-model on the base's device, holding its slice of the trainable `state`.
 
-        With `own` the trainable parameters are copies that require gradients; without, they are views of `state`
-        where the cut is a prefix, for evaluation. Frozen parameters are views of the base either way.
+        With `own` the trainable parameters are copies that require gradients; without, they are views of
+        `state` where the cut is a prefix, for evaluation. Frozen parameters are views of the base either way.
         """
         part = self.slices[level]
         model = self._empty(part.config)
         tensors = cut(self.base, part.base_plan)
         trainable = cut(state, part.trainable_plan)
         if own:
-            trainable = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trainable.items()}
+            trainable = {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in trainable.items()
+            }
         for name, tensor in (tensors | trainable).items():
             module_name, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=own and name in trainable))
+            setattr(
+                model.get_submodule(module_name),
+                leaf,
+                nn.Parameter(tensor, requires_grad=own and name in trainable),
+            )
         model.rebuild_buffers()
         return model
 
@@ -127,15 +136,26 @@ class ResidentStore:
         shapes = {name: tuple(p.shape) for name, p in self._empty(config).named_parameters()}
         num_exits = len(self.config.exit_layers)
         plan = make_plan(
-            shapes, self._layouts, self._sizes, spec.kept, lambda n: self.family.global_name(n, spec, num_exits)
+            shapes,
+            self._layouts,
+            self._sizes,
+            spec.kept,
+            lambda n: self.family.global_name(n, spec, num_exits),
         )
         trainable = {name: entry for name, entry in plan.items() if entry.global_name in trainable_shapes}
         base = {name: entry for name, entry in plan.items() if name not in trainable}
-        return Slice(spec=spec, config=config, base_plan=base, trainable_plan=trainable,
-            trainable_shapes={name: shapes[name] for name in trainable})
+        return Slice(
+            spec=spec,
+            config=config,
+            base_plan=base,
+            trainable_plan=trainable,
+            trainable_shapes={name: shapes[name] for name in trainable},
+        )
 
     def _input_scales(self, config: Any, spec: LevelSpec) -> dict[str, float]:
-        """Whole over kept size of each linear layer's input, where it lost terms (the paper's static scaling)."""
+        """Whole over kept size of each linear layer's input, where it lost terms (the paper's static
+        scaling).
+        """
         with torch.device("meta"):
             model = self.family.new_model(config)
         scales = {}

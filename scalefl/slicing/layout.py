@@ -27,7 +27,9 @@ def parse_layout(text: str) -> Layout:
     Raises ValueError if the text is not a list of names and parenthesised groups of names.
     """
     if _DIMENSION.sub("", text).strip():
-        raise ValueError(f"layout '{text}': expected names and groups in parentheses, as in '(heads head_dim) embed'.")
+        raise ValueError(
+            f"layout '{text}': expected names and groups in parentheses, as in '(heads head_dim) embed'."
+        )
     return tuple(tuple((group or name).split()) for group, name in _DIMENSION.findall(text))
 
 
@@ -51,7 +53,8 @@ def match_layouts(names: Iterable[str], table: LayoutTable) -> dict[str, Layout]
     problems += [f"{name} has no layout" for name in names if name not in found]
     if problems:
         raise InputError(
-            f"layout table: {'; '.join(problems[:5])} ({len(problems)} in all); each parameter needs exactly one pattern."
+            f"layout table: {'; '.join(problems[:5])} ({len(problems)} in all); "
+            "each parameter needs exactly one pattern."
         )
     return found
 

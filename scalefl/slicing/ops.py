@@ -16,7 +16,9 @@ def cut(global_state: Mapping[str, Tensor], plan: Plan) -> State:
     return {name: _select(global_state[entry.global_name], entry.index) for name, entry in plan.items()}
 
 
-def add_into(total: Mapping[str, Tensor], local_state: Mapping[str, Tensor], plan: Plan, weight: float) -> None:
+def add_into(
+    total: Mapping[str, Tensor], local_state: Mapping[str, Tensor], plan: Plan, weight: float
+) -> None:
     """`total[global coordinates] += weight * local_state`, in place."""
     for name, tensor in local_state.items():
         entry = plan[name]

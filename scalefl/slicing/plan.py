@@ -62,7 +62,7 @@ def _dimension_index(axes: tuple[str, ...], sizes: Mapping[str, int], kept: Mapp
 
 
 def lost_share(layout: Layout, sizes: Mapping[str, int], kept: Mapping[str, int]) -> float:
-    """Whole over kept size of a weight's input dimension (its second): what `--width_scaler` multiplies by."""
+    """Whole over kept size of a weight's input dimension (its second), the factor of `--width_scaler`."""
     if len(layout) < 2:
         return 1.0
     ratio = 1.0
@@ -73,11 +73,16 @@ def lost_share(layout: Layout, sizes: Mapping[str, int], kept: Mapping[str, int]
 
 
 def zero_tails(
-    weights: Mapping[str, Tensor], layouts: Mapping[str, Layout], sizes: Mapping[str, int], kept: Mapping[str, int]
+    weights: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout],
+    sizes: Mapping[str, int],
+    kept: Mapping[str, int],
 ) -> None:
-    """Zero, in place, the input columns beyond the `kept` prefix: what only larger levels hold starts without effect.
+    """Zero, in place, the input columns beyond the `kept` prefix: what only larger levels hold starts without
+    effect.
 
-    `weights` are linear layers' (out, in) matrices. Gradients still reach the columns, as they reach LoRA's B.
+    `weights` are linear layers' (out, in) matrices. Gradients still reach the columns, as they reach LoRA's
+    B.
     """
     with torch.no_grad():
         for name, weight in weights.items():

@@ -1,0 +1,175 @@
+"""One client on a session equals a plain PyTorch loop, whoever was trained on the session before."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import (
+    arguments,
+    environment,
+    federation,
+    forget_launch,
+    largest_difference,
+    plain_client,
+    same_bits,
+)
+
+from scalefl.contracts import ClientTask, InputError
+from scalefl.federation.client import ClientTrainer, micro_batch_size
+
+LEVEL = 2
+LORA = {"tuning": "lora", "lora_r": 4, "optimizer": "sgd", "lr": 0.05}
+
+SUM_ORDER = 2e-6
+"""fp32 sums of some hundred terms of size 1 in another order, 100 x 2^-24, in a few steps of rate 0.05."""
+
+
+def adam_noise(run, steps):
+    """Adam divides g by |g| + 1e-8; rounding moves g by less than 5e-10, so a step by less than lr / 20."""
+    return 0.05 * run.lr * steps
+
+
+class OneClient:
+    """A client's training as the round loop sets it up."""
+
+    def __init__(self, folder, **options):
+        forget_launch()
+        self.fed = federation(
+            folder, **{"logit_adjustment": "off", "num_rounds": 1, "KD_start": 0.0} | options
+        )
+        self.run, self.engine, self.state = self.fed.run, self.fed.engine, self.fed.initial_state
+        self.trainer = ClientTrainer(
+            run=self.run,
+            engine=self.engine,
+            batcher=self.fed.batchers["train"],
+            answer_ids=None,
+            vocab_size=self.fed.store.vocab_size,
+            check_stop=lambda: None,
+            on_step=lambda *_: None,
+        )
+
+    def task(self, count=10, client=0):
+        ids = tuple(range(client, client + count))
+        return ClientTask(client=client, level=LEVEL, round=1, example_ids=ids)
+
+    def session(self):
+        model = self.fed.store.submodel(LEVEL, self.state, own=True)
+        if self.run.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return self.engine.session(model, self.run)
+
+    def train(self, *tasks, lr=None):
+        """The last task's change, after the others on the same session."""
+        session, sent = self.session(), self.fed.store.level_state(LEVEL, self.state)
+        rate = self.run.lr if lr is None else lr
+        updates = [self.trainer.train(session, task, sent, rate) for task in tasks]
+        session.close()
+        return updates[-1].delta
+
+    def plain(self, task):
+        model = self.fed.store.submodel(LEVEL, self.state, own=True)
+        sent = self.fed.store.level_state(LEVEL, self.state)
+        trained = plain_client(model, self.run, self.fed.batchers["train"], task)
+        return {name: tensor - sent[name] for name, tensor in trained.items()}
+
+
+@pytest.mark.parametrize(("tuning", "micro_batch_size"), [({}, None), ({}, 1), ({}, 2), (LORA, 2)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+        {"optimizer": "adamw", "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.1},
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_a_session_equals_a_plain_loop(tmp_path, tuning, micro_batch_size, optimizer):
+    """10 examples in steps of 4: two whole ones and an uneven one, twice."""
+    client = OneClient(tmp_path, **{"num_epoch": 2, **tuning, **optimizer}, micro_batch_size=micro_batch_size)
+    got, expected = client.train(client.task()), client.plain(client.task())
+    tolerance = SUM_ORDER if client.run.optimizer == "sgd" else adam_noise(client.run, steps=6)
+    assert largest_difference(got, expected) <= tolerance
+    assert all(float(tensor.abs().max()) > 10 * tolerance for tensor in expected.values() if tensor.any())
+    assert sum(bool(tensor.any()) for tensor in expected.values()) > 0.9 * len(expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "momentum": 0.0, "lr": 1e-3}, LORA])
+def test_a_client_does_not_see_the_one_before(tmp_path, options):
+    client = OneClient(tmp_path, **options)
+    later = client.task(client=3)
+    assert same_bits(client.train(client.task(), client.task(count=5), later), client.train(later))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "adamw", "momentum": 0.0}])
+def test_rate_zero_changes_nothing(tmp_path, optimizer, weight_decay):
+    client = OneClient(tmp_path, **optimizer, weight_decay=weight_decay)
+    assert not any(tensor.any() for tensor in client.train(client.task(), lr=0.0).values())
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA])
+def test_bf16_computes_in_bf16_and_keeps_fp32_masters(tmp_path, tuning):
+    plain = OneClient(tmp_path, **tuning)
+    exact = plain.train(plain.task())
+    client = OneClient(tmp_path, **tuning, precision="bf16")
+    rounded = client.train(client.task())
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.float32}
+    # A change smaller than bf16 can hold beside the weight (2^-9 of it) arrives all the same.
+    sent = client.fed.store.level_state(LEVEL, client.state)
+    small = [(rounded[n] != 0) & (rounded[n].abs() < sent[n].abs() * 2**-9) for n in rounded]
+    assert any(bool(s.any()) for s in small)
+    # bf16 rounds each of a dozen operations by up to 2^-9: some hundredths of the change as a whole.
+    distance = sum(float((rounded[n] - exact[n]).square().sum()) for n in exact) ** 0.5
+    size = sum(float(tensor.square().sum()) for tensor in exact.values()) ** 0.5
+    assert 0 < distance < 0.1 * size
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA])
+def test_gradient_checkpointing_gives_the_same_update(tmp_path, tuning):
+    plain, saving = (
+        OneClient(tmp_path, **tuning, gradient_checkpointing=on, micro_batch_size=2) for on in (False, True)
+    )
+    before, after = plain.train(plain.task()), saving.train(saving.task())
+    assert largest_difference(before, after) <= SUM_ORDER
+    assert any(tensor.any() for tensor in after.values())
+
+
+def test_a_batch_is_shared_equally_or_refused(tmp_path):
+    run = OneClient(tmp_path, batch_size=6).run
+    shares = [(run, 1, 6), (run, 2, 3), (run, 3, 2), (replace(run, micro_batch_size=1), 3, 1)]
+    assert [micro_batch_size(r, processes) for r, processes, _ in shares] == [size for *_, size in shares]
+    for changes, processes, line in [
+        ({}, 4, "--batch-size 6 cannot be shared by 4 processes in micro-batches of 1; "
+                "expected a multiple of 4, such as 8, or fewer processes."),
+        ({"batch_size": 1}, 2, "--batch-size 1 cannot be shared by 2 processes in micro-batches of 1; "
+                               "expected a multiple of 2, such as 2, or fewer processes."),
+        ({"micro_batch_size": 3}, 4, "--batch-size 6 cannot be shared by 4 processes in micro-batches of 3; "
+                                     "expected a multiple of 12, such as 12, or fewer processes."),
+    ]:  # fmt: skip
+        with pytest.raises(InputError) as refusal:
+            micro_batch_size(replace(run, **changes), processes)
+        assert str(refusal.value) == line
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is 2, but RANK and MASTER_ADDR not set; unset it for one process, or start all with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "accelerate launch --multi_gpu, on CPUs with ACCELERATE_USE_CPU",
+        ),
+    ],
+)
+def test_a_wrong_launch_is_refused_at_once(tmp_path, launch, words):
+    command = [sys.executable, "-m", "scalefl", *arguments(tmp_path)]
+    done = subprocess.run(command, env=environment(**launch), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("scalefl: launch: ") and words in line
+    assert not (tmp_path / "run").exists()
