@@ -206,7 +206,9 @@ def step_order(
         weights = np.array([1.0 / of_label[label] for label in labels])
         weights /= weights.sum()
     steps: list[np.ndarray] = []
-    while len(steps) < (local_steps if local_steps is not None else num_epoch * -(-len(pool) // batch_size)):
+    while len(pool) and len(steps) < (
+        local_steps if local_steps is not None else num_epoch * -(-len(pool) // batch_size)
+    ):
         epoch = rng.permutation(pool) if weights is None else rng.choice(pool, size=len(pool), p=weights)
         steps += [epoch[start : start + batch_size] for start in range(0, len(pool), batch_size)]
     return steps[:local_steps]

@@ -29,8 +29,8 @@ class ExitMetrics:
     """One exit of one level. Closed answer sets only: all but `loss`, `exact_match` and `count`."""
 
     count: int
-    loss: float
-    """Nats per answer token."""
+    loss: float | None
+    """Nats per answer token; None where it is not finite."""
     exact_match: float | None = None
     accuracy: float | None = None
     balanced_accuracy: float | None = None
@@ -133,7 +133,8 @@ class Evaluator:
 
     def _summary(self, ids: Sequence[int], rows: list[tuple[int, float, int]]) -> ExitMetrics:
         predicted = torch.tensor([row[0] for row in rows])
-        loss = sum(row[1] for row in rows) / max(sum(row[2] for row in rows), 1)
+        nats = sum(row[1] for row in rows) / max(sum(row[2] for row in rows), 1)
+        loss = nats if math.isfinite(nats) else None
         if self._answers is None:
             return ExitMetrics(count=len(ids), loss=loss, exact_match=float(predicted.float().mean()))
         labels = torch.tensor([self._batcher.examples[i].label for i in ids])
@@ -148,7 +149,7 @@ def _by_example(predicted: list[list[int]], nats: list[list[float]], tokens: lis
     ]
 
 
-def grade_metrics(predicted_b: Tensor, labels_b: Tensor, num_classes: int, loss: float) -> ExitMetrics:
+def grade_metrics(predicted_b: Tensor, labels_b: Tensor, num_classes: int, loss: float | None) -> ExitMetrics:
     """Metrics of predicted against true labels; `UNPARSABLE` counts as the label farthest from the truth."""
     unparsable = predicted_b == UNPARSABLE
     farthest = torch.where(labels_b * 2 < num_classes - 1, num_classes - 1, 0)

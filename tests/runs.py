@@ -1,6 +1,6 @@
 """Whole runs of a very small model on synthetic knees, and a plain federation to hold them against.
 
-The model: 2 text layers, hidden 16, 2 heads, 16 patches, 4 image tokens; two levels, an exit after each layer.
+The model: 2 text layers, hidden 16, 2 heads, 16 patches, 4 image tokens; 2 levels, an exit after each layer.
 """
 
 import copy
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def forget_launch() -> None:
 def records(run_folder: Path, *, timings: bool = False) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, which must be JSON as every reader knows it."""
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    rounds = [json.loads(line, parse_constant=lambda name: pytest_fail(name)) for line in lines]
+    rounds = [json.loads(line, parse_constant=lambda name: refuse(name)) for line in lines]
     if not timings:
         for record in rounds:
             for part in (record, *record["clients"]):
@@ -118,7 +118,7 @@ def records(run_folder: Path, *, timings: bool = False) -> list[dict[str, Any]]:
     return rounds
 
 
-def pytest_fail(name: str) -> None:
+def refuse(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
 
@@ -150,32 +150,52 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | changes
 
 
-def process(command: Sequence[str], **changes: str) -> subprocess.Popen[str]:
-    """`scalefl COMMAND` as a process group of its own, so that nothing of it can be left behind."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "scalefl", *command],
-        env=environment(**changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+class Job:
+    """A command as a process of its own, its output in a file; leaving the block ends what is left of it."""
 
+    def __init__(self, folder: Path, command: Sequence[str], **variables: str) -> None:
+        self.folder, self._output = folder, folder / "output.txt"
+        with open(self._output, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                env=environment(**variables),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    """Poll; fails after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
+    def __enter__(self) -> "Job":
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        for number in self.running():
+            os.kill(number, signal.SIGKILL)
+        self.process.wait()
 
-def kill(job: subprocess.Popen[str]) -> None:
-    try:
-        os.killpg(job.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    job.wait()
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def running(self) -> list[int]:
+        """Processes with the folder on their command line: a launcher's workers have their own session."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if str(self.folder).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # gone, or no process
+        return found
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> None:
+        """Until the output holds this text."""
+        end = time.monotonic() + seconds
+        while text not in self.output:
+            assert self.process.poll() is None and time.monotonic() < end, self.output
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 120.0) -> int:
+        return self.process.wait(timeout=seconds)
 
 
 # A federation as plainly as it can be written: no sessions, no streaming, no engine.
@@ -251,7 +271,7 @@ def global_name(name: str, before: State, depth: int) -> str:
 
 
 def place(name: str, shape: Sequence[int], before: State, depth: int) -> Any:
-    """Where a sub-model's parameter lies in the whole one: prefixes, also within q, k, v and each patch of four."""
+    """Where a sub-model's parameter lies in the whole: prefixes, also within q, k, v and any patch."""
     whole = before[global_name(name, before, depth)].shape
     groups = {("qkv", 0): 3, ("projector.weight", 1): 4}
     parts = []
@@ -259,7 +279,3 @@ def place(name: str, shape: Sequence[int], before: State, depth: int) -> Any:
         count = next((g for (part, at), g in groups.items() if part in name and at == dim), 1)
         parts.append(np.arange(size).reshape(count, -1)[:, : kept // count].reshape(-1))
     return np.ix_(*parts)
-
-
-def steps_of(folder: Path) -> Iterator[Path]:
-    yield from sorted((folder / "checkpoints").iterdir())

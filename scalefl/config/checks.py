@@ -138,6 +138,11 @@ def _levels(run: RunConfig) -> Iterator[Finding]:
 def _training(run: RunConfig) -> Iterator[Finding]:
     if run.momentum and run.optimizer == "adamw":
         yield ("momentum", "optimizer"), "adamw has no momentum; leave it out, or choose --optimizer sgd."
+    if run.balanced_sampling and run.logit_adjustment == "on":
+        yield (
+            ("logit_adjustment", "balanced_sampling"),
+            "cannot go with --balanced_sampling, which mends the label skew already; drop one.",
+        )
     if run.micro_batch_size and run.batch_size % run.micro_batch_size:
         yield (
             ("batch_size", "micro_batch_size"),

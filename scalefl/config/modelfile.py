@@ -87,7 +87,7 @@ class ModelFile:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     window: bool = False
-    """Stretch the 1st to 99th percentile of every image to the full range: exposures differ between scanners."""
+    """Stretch the 1st to 99th percentile of every image to the full range: exposures differ."""
     vision: Mapping[str, Any] = field(default_factory=lambda: dict(EVA_VIT_G))
     text: Mapping[str, Any] = field(default_factory=lambda: dict(LLAMA_2_7B))
     """Without vocab_size where the tokenizer is trained, and decides it."""

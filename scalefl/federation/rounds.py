@@ -111,7 +111,8 @@ class RoundLoop:
             "level": update.level,
             "examples": update.num_examples,
             "dropped": not finite,
-            **update.metrics,
+            # JSON has no NaN, which a client that diverged reports as its loss.
+            **{name: value if math.isfinite(value) else None for name, value in update.metrics.items()},
         }
 
     def _merged(self, merge: Any, before: State) -> State:
@@ -142,12 +143,12 @@ class RoundLoop:
         kept = [c for c in clients if not c["dropped"]]
         if not kept:
             log.warning("round %d: every update was dropped; the model stays as it was", number)
-        weight = sum(c["examples"] for c in kept)
+        losses = [(c["loss"], c["examples"]) for c in kept if c["loss"] is not None]
         slice_bytes = {level: self._fed.store.slice_bytes(level) for level in self._fed.store.slices}
         return {
             "round": number,
             "lr": lr,
-            "train_loss": sum(c["loss"] * c["examples"] for c in kept) / weight if kept else None,
+            "train_loss": sum(loss * n for loss, n in losses) / sum(n for _, n in losses) if losses else None,
             "dropped": len(clients) - len(kept),
             "bytes_down": sum(slice_bytes[c["level"]] for c in clients),
             "bytes_up": sum(slice_bytes[c["level"]] for c in clients),

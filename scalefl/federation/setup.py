@@ -55,9 +55,10 @@ class Federation:
 
     @property
     def adjusts_logits(self) -> bool:
-        """`--logit_adjustment auto`: where the answers are closed and the partition is skewed by label."""
+        """`--logit_adjustment auto`: closed answers, and clients whose training draws are skewed by label."""
         if self.run.logit_adjustment == "auto":
-            return self.data.answers is not None and self.run.partitioner in LABEL_PARTITIONERS
+            skewed = self.run.partitioner in LABEL_PARTITIONERS and not self.run.balanced_sampling
+            return self.data.answers is not None and skewed
         return self.run.logit_adjustment == "on"
 
     def write_config(self, folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from scalefl.contracts import InputError
 from scalefl.slicing.layout import LayoutTable
 
 
@@ -25,11 +26,22 @@ def add_lora(model: nn.Module, spec: LoraSpec) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
 
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if name.startswith("language_model.model.layers.") and isinstance(module, nn.Linear)
+    }
+    for target in spec.targets:
+        if target not in linear:
+            raise InputError(
+                f"--lora_targets: {target} is no linear layer of the language model's blocks; "
+                f"expected some of {', '.join(sorted(linear))}."
+            )
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # a float works; peft annotates int
         lora_dropout=spec.dropout,
-        target_modules=rf"language_model\..*\.({'|'.join(spec.targets)})",
+        target_modules=rf"language_model\.model\.layers\..*\.({'|'.join(spec.targets)})",
     )
     inject_adapter_in_model(config, model)
 

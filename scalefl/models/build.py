@@ -38,7 +38,7 @@ def build_global(
         axes, run.vertical_scale_ratios, run.horizontal_scale_ratios, run.width_axes, num_exits=len(layers)
     )
     sizes = {name: axis.size for name, axis in axes.items()}
-    if from_scratch and run.zero_tails:
+    if from_scratch and run.zero_tails and run.tuning == "full":  # frozen zeros would stay without effect
         smallest = {name: min(spec.kept[name] for spec in specs) for name in specs[0].kept}
         layouts = match_layouts([n for n, _ in model.named_parameters()], family.layouts(config))
         linear = {f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear)}

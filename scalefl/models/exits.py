@@ -6,6 +6,7 @@ Shapes: B batch, L positions, D hidden, N predicted positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,15 @@ def hidden_at_exits(
     if position_ids is None:
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         position_ids = (torch.arange(embeds_bld.shape[1], device=embeds_bld.device) + seen).unsqueeze(0)
-    mask = create_causal_mask(
+    mask: Any = create_causal_mask(
         config=decoder.config,
         inputs_embeds=embeds_bld,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         position_ids=None,  # only used to look for packed sequences: that stalls a GPU, and we have none
     )
+    if mask is not None and mask.dtype == torch.bool and decoder.config._attn_implementation != "sdpa":
+        mask = torch.zeros_like(mask, dtype=embeds_bld.dtype).masked_fill(~mask, float("-inf"))
     rotary = decoder.rotary_emb(embeds_bld, position_ids=position_ids)
     hidden_bld, at_exits = embeds_bld, []
     for number, layer in enumerate(decoder.layers[: exit_layers[-1]], start=1):

@@ -91,7 +91,6 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["LlamaDecoderLayer", "Blip2EncoderLayer"]
 
@@ -145,12 +144,25 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def input_embeds(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Token embeddings (B, L, D), with image tokens where `input_ids` is `image_token_id`."""
         at_image_bl = input_ids == self.config.image_token_id
+        if not self.training:  # a wait for the GPU that training, whose batches we build, does without
+            self._check_images(at_image_bl, pixel_values)
         # The image token need not be in the vocabulary (Llama-2 has none), so it is not looked up.
         embeds_bld = self.get_input_embeddings()(input_ids.masked_fill(at_image_bl, 0))
         if pixel_values is None:
             return embeds_bld
         image_btd = self.image_embeds(pixel_values).to(embeds_bld.dtype)
         return embeds_bld.masked_scatter(at_image_bl.unsqueeze(-1), image_btd)
+
+    def _check_images(self, at_image_bl: Tensor, pixel_values: Tensor | None) -> None:
+        """Raise ValueError unless there is one image for each run of image tokens."""
+        vision = self.config.vision_config
+        per_image = (vision.image_size // vision.patch_size) ** 2 // PATCHES_PER_TOKEN
+        wanted = 0 if pixel_values is None else len(pixel_values) * per_image
+        if not at_image_bl.is_meta and int(at_image_bl.sum()) != wanted:
+            raise ValueError(
+                f"MiniGPTv2: {int(at_image_bl.sum())} image tokens in input_ids, {wanted} in pixel_values; "
+                f"expected {per_image} for each image."
+            )
 
     def forward(
         self,
@@ -186,7 +198,9 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return MiniGPTv2Output(
                 exit_logits=tuple(logits_at(h_bld, predict_at, self.exit_norm(i), head) for i, h_bld in exits)
             )
-        chosen = exit or len(layers)
+        chosen = len(layers) if exit is None else exit
+        if not 1 <= chosen <= len(layers):
+            raise ValueError(f"MiniGPTv2: exit {exit}; this model has exits 1 to {len(layers)}.")
         if use_cache and past_key_values is None:
             past_key_values = new_cache(decoder)
         (hidden_bld,) = hidden_at_exits(
@@ -205,11 +219,10 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, input_ids: torch.LongTensor, **kwargs: Any
     ) -> dict[str, Any]:
         """The image enters with the prompt alone; later steps find it in the cache."""
-        first = kwargs.get("is_first_iteration", True)
+        first = kwargs.get("is_first_iteration", False)
         pixel_values, exit = kwargs.pop("pixel_values", None), kwargs.pop("exit", None)
-        inputs = GenerationMixin.prepare_inputs_for_generation(  # type: ignore[arg-type]  # as above
-            self, input_ids, **kwargs
-        )
+        parent: Any = super()  # upstream types `self` as a protocol that no model fulfils
+        inputs = parent.prepare_inputs_for_generation(input_ids, **kwargs)
         inputs["pixel_values"] = pixel_values if first or not kwargs.get("use_cache", True) else None
         inputs["exit"] = exit
         return inputs

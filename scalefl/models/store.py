@@ -131,8 +131,7 @@ class ResidentStore:
 
     def _slice(self, spec: LevelSpec, trainable_shapes: Mapping[str, torch.Size]) -> Slice:
         config = self.family.level_config(self.config, spec)
-        if self._width_scaler:
-            config.input_scales = self._input_scales(config, spec)
+        config.input_scales = self._input_scales(config, spec) or None
         shapes = {name: tuple(p.shape) for name, p in self._empty(config).named_parameters()}
         num_exits = len(self.config.exit_layers)
         plan = make_plan(
@@ -153,17 +152,19 @@ class ResidentStore:
         )
 
     def _input_scales(self, config: Any, spec: LevelSpec) -> dict[str, float]:
-        """Whole over kept size of each linear layer's input, where it lost terms (the paper's static
-        scaling).
+        """The factor of each linear layer's input: whole over kept size where terms were lost (the paper's
+        static scaling), times the whole model's own factor, if that is itself a scaled level.
         """
+        own = self.config.input_scales or {}
         with torch.device("meta"):
             model = self.family.new_model(config)
         scales = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                share = lost_share(self._weight_layout(name), self._sizes, spec.kept)
-                if share != 1.0:
-                    scales[name] = share
+                layout = self._weight_layout(name)
+                lost = lost_share(layout, self._sizes, spec.kept) if self._width_scaler else 1.0
+                if (scale := own.get(name, 1.0) * lost) != 1.0:
+                    scales[name] = scale
         return scales
 
     def _weight_layout(self, module_name: str) -> tuple[tuple[str, ...], ...]:
