@@ -6,8 +6,10 @@ A folder `round-0007` is the state after round 7; `round-0008-part` is in the mi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,8 +86,10 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
             target.rename(stale)
         temporary.rename(target)
         _fsync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (number := _os_error_number(error)) is not None:
+            raise OSError(number, os.strerror(number), str(target)) from error
         raise
     _prune(folder, target, progress, keep_last)
     return target
@@ -103,19 +107,19 @@ def load_latest(folder: Path) -> Progress | None:
 def load(path: Path) -> Progress:
     """Read one checkpoint folder. Raises InputError if it is none, is damaged, or is of another format."""
     try:
-        record = json.loads((path / RECORD).read_text())
-        state = load_file(path / WEIGHTS)
-        partial = None
-        if record["clients"] is not None:
-            sums: dict[str, State] = {}
-            for key, tensor in load_file(path / SUMS).items():
-                kind, _, name = key.partition("/")
-                sums.setdefault(kind, {})[name] = tensor
-            partial = Partial(sums=sums, clients=record["clients"])
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise InputError(
                 f"{path}: checkpoint format {record['format']}; this version reads format {FORMAT}."
             )
+        state = _load_tensors(path / WEIGHTS)
+        partial = None
+        if record["clients"] is not None:
+            sums: dict[str, State] = {}
+            for key, tensor in _load_tensors(path / SUMS).items():
+                kind, _, name = key.partition("/")
+                sums.setdefault(kind, {})[name] = tensor
+            partial = Partial(sums=sums, clients=record["clients"])
         return Progress(
             state=state,
             partial=partial,
@@ -128,10 +132,22 @@ def load(path: Path) -> Progress:
             f"{path}: no checkpoint there ({Path(str(error.filename)).name} is missing); expected a folder "
             "such as SAVE_PATH/checkpoints/round-0005."
         ) from error
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"{path}: damaged checkpoint ({error}); remove the folder to go on from the one before."
         ) from error
+
+
+def _load_tensors(path: Path) -> State:
+    if not path.is_file():  # safetensors' own error does not name the file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return load_file(path)
+
+
+def _os_error_number(error: BaseException) -> int | None:
+    """safetensors and tokenizers give the system's error, such as a full disk, in their text alone."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and not isinstance(error, OSError) else None
 
 
 def _age(path: Path) -> tuple[str, bool, bool]:

@@ -4,6 +4,7 @@ The model: 2 text layers, hidden 16, 2 heads, 16 patches, 4 image tokens; 2 leve
 """
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 import yaml
@@ -31,6 +33,7 @@ from scalefl.federation.setup import Federation, build
 from scalefl.models.store import ResidentStore
 from scalefl.seeding import numpy_rng
 
+gc.freeze()  # accelerate collects garbage at every teardown: 0.2 s over all that the libraries hold
 torch.set_num_threads(1)  # the model is too small for more, and the machine may be busy
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -110,7 +113,7 @@ def forget_launch() -> None:
 def records(run_folder: Path, *, timings: bool = False) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, which must be JSON as every reader knows it."""
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    rounds = [json.loads(line, parse_constant=lambda name: refuse(name)) for line in lines]
+    rounds = [json.loads(line, parse_constant=refuse) for line in lines]
     if not timings:
         for record in rounds:
             for part in (record, *record["clients"]):
@@ -135,6 +138,15 @@ def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 def largest_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[n] - other[n]).abs().max()) for n in one)
+
+
+def nearly(value: Any, **tolerance: float) -> Any:
+    """Equals the same record with floats that differ by rounding; what was counted or predicted may not."""
+    if isinstance(value, dict):
+        return {key: nearly(part, **tolerance) for key, part in value.items()}
+    if isinstance(value, list):
+        return [nearly(part, **tolerance) for part in value]
+    return pytest.approx(value, **tolerance) if isinstance(value, float) else value
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:

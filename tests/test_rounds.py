@@ -237,7 +237,7 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_clients(tmp_path):
-    """4 and 32 clients of 2 examples: 28 more trained slices of 1 MB would be 28 MB; 12 is the heap's noise."""
+    """4 and 32 clients of 2 examples: 28 more trained slices of 1 MB are 28 MB; 12 is the heap's noise."""
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2}
     model = {
         "vision": {**sizes, "num_hidden_layers": 1, "patch_size": 7},

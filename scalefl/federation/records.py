@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ class RunFolder:
         self.results = self.path / "results.json"
 
     def write_config(self, write: Callable[[Path], None]) -> None:
-        if self._writes:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write(self.path)
+        """Let `write` fill a folder, then move its files here: a run killed meanwhile keeps its config."""
+        if not self._writes:
+            return
+        temporary = self.path / ".config.tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            for file in temporary.iterdir():
+                os.replace(file, self.path / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def append_metrics(self, record: Mapping[str, Any], *, at: int) -> int:
         """Write a line at byte `at`, dropping what a killed run left behind it; the length afterwards."""
@@ -27,8 +36,7 @@ class RunFolder:
             return at
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.metrics, "ab") as file:
-            file.truncate(at)
-            file.seek(at)
+            file.truncate(min(at, file.seek(0, os.SEEK_END)))  # never beyond the end: it would add zero bytes
             file.write((json.dumps(record) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())

@@ -35,7 +35,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         _check_same_parameters(progress, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     results = folder.read_results()
-    if results is not None and progress.round >= run.num_rounds and results["rounds"] == run.num_rounds:
+    if results is not None and results["rounds"] == progress.round >= run.num_rounds:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
         _print_results(display, folder, results)
         return
@@ -68,6 +68,11 @@ def evaluate(run: RunConfig, model_file: ModelFile) -> None:
 def _earlier_progress(run: RunConfig) -> Progress | None:
     """The checkpoint to go on from. A folder that holds a run is not written over."""
     folder = Path(run.resume or run.save_path)
+    if folder.resolve() != Path(run.save_path).resolve():
+        raise InputError(
+            f"--save_path: got {run.save_path}, but --resume goes on in {run.resume}; drop --save_path, "
+            "or start a new run from its weights with --init_from."
+        )
     progress = checkpoint.load_latest(folder / "checkpoints")
     if progress is None:
         return None

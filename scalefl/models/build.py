@@ -5,19 +5,20 @@ state.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from scalefl.config.options import RunConfig
-from scalefl.contracts import State
+from scalefl.contracts import Axis, LevelSpec, State
 from scalefl.levels import exit_layers, level_specs
 from scalefl.models.adapters import LoraSpec, add_lora, is_adapter
 from scalefl.models.store import ResidentStore
 from scalefl.seeding import derive
 from scalefl.slicing.layout import match_layouts
-from scalefl.slicing.plan import zero_tails
+from scalefl.slicing.plan import zero_tail
 
 log = logging.getLogger("scalefl")
 
@@ -37,12 +38,8 @@ def build_global(
     specs = level_specs(
         axes, run.vertical_scale_ratios, run.horizontal_scale_ratios, run.width_axes, num_exits=len(layers)
     )
-    sizes = {name: axis.size for name, axis in axes.items()}
     if from_scratch and run.zero_tails and run.tuning == "full":  # frozen zeros would stay without effect
-        smallest = {name: min(spec.kept[name] for spec in specs) for name in specs[0].kept}
-        layouts = match_layouts([n for n, _ in model.named_parameters()], family.layouts(config))
-        linear = {f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        zero_tails(linear, layouts, sizes, smallest)
+        _start_tails_without_effect(family, model, axes, specs)
     lora = None
     if run.tuning == "lora":
         lora = LoraSpec(
@@ -74,6 +71,25 @@ def new_model(run: RunConfig, family: Any, config: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(run.seed, "initial weights"))
         return family.new_model(config)
+
+
+def _start_tails_without_effect(
+    family: Any, model: nn.Module, axes: Mapping[str, Axis], specs: Sequence[LevelSpec]
+) -> None:
+    """Let every level start as the same function: zero what reads the units beyond the narrowest level, and, in
+    the layers beyond the shallowest one, all that writes to the residual stream.
+    """
+    sizes = {name: axis.size for name, axis in axes.items()}
+    narrowest = {name: min(spec.kept[name] for spec in specs) for name in specs[0].kept}
+    nothing = {name: 0 for name in narrowest if axes[name].cut_by == "inner"}
+    shallowest = min(specs, key=lambda spec: spec.depth)
+    with torch.device("meta"):
+        reached = dict(family.new_model(family.level_config(model.config, shallowest)).named_parameters())
+    layouts = match_layouts([name for name, _ in model.named_parameters()], family.layouts(model.config))
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            name = f"{module_name}.weight"
+            zero_tail(module.weight, layouts[name], sizes, narrowest if name in reached else nothing)
 
 
 def _set_exits(model: Any, layers: list[int]) -> None:

@@ -72,23 +72,15 @@ def lost_share(layout: Layout, sizes: Mapping[str, int], kept: Mapping[str, int]
     return ratio
 
 
-def zero_tails(
-    weights: Mapping[str, Tensor],
-    layouts: Mapping[str, Layout],
-    sizes: Mapping[str, int],
-    kept: Mapping[str, int],
-) -> None:
-    """Zero, in place, the input columns beyond the `kept` prefix: what only larger levels hold starts without
-    effect.
+def zero_tail(weight: Tensor, layout: Layout, sizes: Mapping[str, int], kept: Mapping[str, int]) -> None:
+    """Zero, in place, the input columns beyond the `kept` prefix of a linear layer's (out, in) weight.
 
-    `weights` are linear layers' (out, in) matrices. Gradients still reach the columns, as they reach LoRA's
-    B.
+    Gradients still reach them, as they reach LoRA's B.
     """
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if lost_share(layouts[name], sizes, kept) != 1.0:
-                index = _dimension_index(layouts[name][1], sizes, kept)
-                columns = torch.arange(index.stop) if isinstance(index, slice) else index
-                tail = torch.ones(weight.shape[1], dtype=torch.bool)
-                tail[columns] = False
-                weight[:, tail] = 0.0
+    if any(axis in kept for axis in layout[1]):
+        index = _dimension_index(layout[1], sizes, kept)
+        columns = torch.arange(index.stop) if isinstance(index, slice) else index
+        tail = torch.ones(weight.shape[1], dtype=torch.bool)
+        tail[columns] = False
+        with torch.no_grad():
+            weight[:, tail] = 0.0

@@ -1,0 +1,207 @@
+"""A run that was stopped or killed at any moment, and then resumed, is the run that was not."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from runs import Job, arguments, forget_launch, records, same_bits, start, state, tree
+
+from scalefl import checkpoint
+from scalefl.cli import main
+from scalefl.config import saved
+from scalefl.console import Display
+from scalefl.evaluate import Evaluator
+
+MANY_SAVES = {"save_every_seconds": 0.0, "KD_start": 0.0}
+"""A checkpoint after every client; distillation does not depend on the number of rounds."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of three rounds."""
+    return start(tmp_path_factory.mktemp("whole"), **MANY_SAVES, num_rounds=3)
+
+
+def resume(run_folder, *typed):
+    forget_launch()
+    return main(["train", "--resume", str(run_folder), *typed])
+
+
+def assert_same_run(run_folder, expected, rounds=3):
+    assert same_bits(state(run_folder, rounds), state(expected, rounds))
+    assert records(run_folder) == records(expected)
+    assert [record["round"] for record in records(run_folder)] == list(range(1, rounds + 1))
+    results = [(folder / "results.json").read_text() for folder in (run_folder, expected)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_killed_at_five_random_moments(tmp_path_factory):
+    """kill -9, five times within one run: while it reads, trains, merges, evaluates or writes."""
+    options = {**MANY_SAVES, "num_rounds": 12}
+    expected = start(tmp_path_factory.mktemp("expected"), **options)
+    folder = tmp_path_factory.mktemp("killed")
+    command = ["scalefl", *arguments(folder, **options)]
+    moments, killed_in = random.Random(7), set()
+    for _ in range(5):
+        with Job(folder, command) as job:
+            job.wait_for("client  ")
+            time.sleep(moments.uniform(0.0, 2.5))
+            assert job.process.poll() is None, "the run is over already: train longer"
+            os.kill(job.process.pid, signal.SIGKILL)
+        if (folder / "run" / "checkpoints").is_dir():
+            killed_in.add(checkpoint.load_latest(folder / "run" / "checkpoints").folder_name)
+            command = ["scalefl", "train", "--resume", str(folder / "run")]
+    assert len(killed_in) >= 3, "moments that come to the same test little"
+    assert resume(folder / "run") == 0
+    assert_same_run(folder / "run", expected, rounds=12)
+
+
+def stop_at_step(monkeypatch, number, step):
+    """Send this process a signal at a client's step, counted over the run."""
+    steps = []
+    shown = Display.client_step
+
+    def client_step(self, *args):
+        steps.append(args)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        return shown(self, *args)
+
+    monkeypatch.setattr(Display, "client_step", client_step)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "finished"),
+    [(signal.SIGINT, 1, 0), (signal.SIGTERM, 7, 3), (signal.SIGINT, 10, 4), (signal.SIGTERM, 17, 3)],
+    ids=["first step", "fourth client", "last step", "second round"],
+)
+def test_a_signal_in_mid_round(tmp_path, monkeypatch, whole, number, step, finished):
+    """The round has 3 + 1 + 1 + 5 steps of four clients; those that had finished do not train again."""
+    stop_at_step(monkeypatch, number, step)
+    forget_launch()
+    assert main(arguments(tmp_path, **MANY_SAVES, num_rounds=3)) == 128 + number
+    monkeypatch.undo()
+    last = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert last.folder_name == f"round-{1 + step // 11:04d}-part"
+    assert len(last.partial.clients) == finished
+    assert resume(tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*part"))
+
+
+def test_a_signal_in_evaluation(tmp_path, monkeypatch, whole):
+    evaluate = Evaluator.level
+    levels = []
+
+    def level(self, *args):
+        levels.append(args)
+        if len(levels) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(Evaluator, "level", level)
+    forget_launch()
+    assert main(arguments(tmp_path, **MANY_SAVES, num_rounds=3)) == 143
+    monkeypatch.undo()
+    assert len(checkpoint.load_latest(tmp_path / "run" / "checkpoints").partial.clients) == 4
+    assert resume(tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_exit_code_and_time_of_a_stop(tmp_path, number):
+    with Job(tmp_path, ["scalefl", *arguments(tmp_path, num_epoch=500, print_freq=5)]) as job:
+        job.wait_for("step 5/")
+        sent = time.monotonic()
+        os.kill(job.process.pid, number)
+        assert job.end() == 128 + number
+    assert time.monotonic() - sent < 5
+    assert "Traceback" not in job.output
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").partial is not None
+
+
+@pytest.mark.parametrize("typed", [[], ["--num_rounds", "2"], ["--num_rounds", "1"]])
+def test_resuming_a_finished_run_does_nothing(tmp_path, typed):
+    run_folder = start(tmp_path)
+    before = tree(run_folder)
+    assert resume(run_folder, *typed) == 0
+    assert tree(run_folder) == before
+
+
+def test_more_rounds_go_on_as_if_asked_for_at_once(tmp_path, whole):
+    run_folder = start(tmp_path, **MANY_SAVES, num_rounds=1)
+    assert resume(run_folder, "--num_rounds", "3") == 0
+    assert_same_run(run_folder, whole)
+
+
+def test_a_changed_option_is_refused_by_name(tmp_path, capsys):
+    run_folder = start(tmp_path)
+    before = tree(run_folder)
+    capsys.readouterr()
+    assert resume(run_folder, "--batch-size", "8", "--num_rounds", "3") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"scalefl: --batch_size: got 8, {run_folder} has 4; a saved run keeps it: drop the option, "
+        "or start a new run."
+    )
+    assert tree(run_folder) == before
+
+
+def test_resume_alone_means_the_folder_in_save_path(tmp_path, whole):
+    """And starts a run where there is none yet: the same command line serves for both."""
+    command = arguments(tmp_path, "--resume", **MANY_SAVES, num_rounds=3)
+    forget_launch()
+    assert main(command) == 0
+    assert_same_run(tmp_path / "run", whole)
+    before = tree(tmp_path / "run")
+    forget_launch()
+    assert main(["train", "--save_path", str(tmp_path / "run"), "--resume"]) == 0
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_run_may_be_moved(tmp_path, whole):
+    run_folder = start(tmp_path, **MANY_SAVES, num_rounds=1)
+    run_folder.rename(tmp_path / "moved")
+    assert resume(tmp_path / "moved", "--num_rounds", "3") == 0
+    assert_same_run(tmp_path / "moved", whole)
+    assert not run_folder.exists()
+
+
+def test_resuming_into_another_folder_is_refused(tmp_path, capsys):
+    run_folder = start(tmp_path)
+    capsys.readouterr()
+    other = tmp_path / "other"
+    assert resume(run_folder, "--num_rounds", "3", "--save_path", str(other)) == 2
+    assert capsys.readouterr().err.startswith(f"scalefl: --save_path: got {other}, but --resume goes on in ")
+    assert not other.exists()
+
+
+def test_lines_beyond_the_checkpoint_are_cut_and_lost_ones_do_not_hurt(tmp_path, whole):
+    run_folder = start(tmp_path, **MANY_SAVES, num_rounds=1)
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        file.write('{"round": 2, "half')
+    assert resume(run_folder, "--num_rounds", "2") == 0
+    assert records(run_folder) == records(whole)[:2]
+    (run_folder / "metrics.jsonl").unlink()
+    assert resume(run_folder, "--num_rounds", "3") == 0
+    assert records(run_folder) == records(whole)[2:]
+
+
+def test_a_failure_while_the_config_is_written_leaves_the_earlier_one(tmp_path, monkeypatch, whole):
+    run_folder = start(tmp_path, **MANY_SAVES, num_rounds=1)
+    before = tree(run_folder)
+    dumps = saved.json.dumps
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saved.json, "dumps", fail)
+    assert resume(run_folder, "--num_rounds", "3") == 2
+    monkeypatch.setattr(saved.json, "dumps", dumps)
+    assert tree(run_folder) == before
+    assert resume(run_folder, "--num_rounds", "3") == 0
+    assert_same_run(run_folder, whole)
