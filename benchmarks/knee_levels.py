@@ -2,8 +2,8 @@
 
     python benchmarks/knee_levels.py --data-root DIR [--out runs/knee] [--seeds 0 1 2] [--jobs 2]
 
-Prints a Markdown table of test balanced accuracy and kappa of every level's every exit: mean, and lowest to highest
-over the seeds. Runs that are there already are not repeated.
+Prints Markdown tables of test balanced accuracy and kappa of every level's every exit: mean, and lowest to
+highest over the seeds. Runs that are there already are not repeated.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
-    todo = [(name, seed) for seed in arguments.seeds for name in SETTINGS]
+    todo = [(name, seed) for name in SETTINGS for seed in arguments.seeds]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda item: run(*item, arguments.data_root, arguments.out), todo))
     for name in SETTINGS:

@@ -8,4 +8,4 @@ install project .
 
 exec "$venv/bin/python" -m scalefl train \
     --data synthetic --cfg_path tiny --num_clients 8 --num_rounds 5 \
-    --save_path "$root/runs/quickstart" "$@"
+    --num_epoch 10 --save_path "$root/runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -90,8 +90,12 @@ class Engine:
 
     def share(self, items: Sequence[int]) -> Sequence[int]:
         """This rank's part of a list; the parts of all ranks in rank order are the list."""
-        per_rank = -(-len(items) // self.num_processes)
+        per_rank = self.largest_share(len(items))
         return items[self.rank * per_rank : (self.rank + 1) * per_rank]
+
+    def largest_share(self, count: int) -> int:
+        """Items of the rank that has most of `count`."""
+        return -(-count // self.num_processes)
 
     def gather(self, rows: list[Any]) -> list[Any]:
         """All ranks' rows in rank order, on every rank."""

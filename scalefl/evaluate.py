@@ -7,7 +7,7 @@ Shapes: B rows, A answers, M exits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,17 +64,28 @@ class Evaluator:
             else Candidates(ids=tuple(tuple(processor.encode_answer(a)) for a in answers))
         )
 
-    def level(self, level: int, state: State, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Metrics of every exit of a level on these examples, shallowest first; the same on every rank."""
+    def level(
+        self,
+        level: int,
+        state: State,
+        ids: Sequence[int],
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> list[dict[str, Any]]:
+        """Metrics of every exit of a level on these examples, shallowest first; the same on every rank.
+
+        `check_stop` is called before every batch, equally often on every rank.
+        """
         if self._run.eval_limit is not None:
             ids = ids[: self._run.eval_limit]
         model = self._store.submodel(level, state, own=False).eval()
         rows: list[tuple[list[Any], list[float], list[int]]] = []
         share = self._engine.share(ids)
         with torch.inference_mode(), self._engine.autocast():
-            for start in range(0, len(share), self._run.eval_batch_size):
+            for start in range(0, self._engine.largest_share(len(ids)), self._run.eval_batch_size):
+                check_stop()
                 part = share[start : start + self._run.eval_batch_size]
-                rows += self._closed(model, part) if self._answers is not None else self._open(model, part)
+                if part:
+                    rows += self._open(model, part) if self._answers is None else self._closed(model, part)
         rows = self._engine.gather(rows)
         num_exits = self._store.slices[level].spec.depth
         return [

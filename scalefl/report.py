@@ -26,17 +26,19 @@ def levels_by_exits(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
 
 def summary(evaluation: Evaluation) -> str:
     """One figure per level: balanced accuracy (exact match in an open answer set) at its deepest exit."""
-    figures = (exits[-1]["balanced_accuracy"] or exits[-1]["exact_match"] for exits in evaluation.values())
-    return " ".join(_cell(figure) for figure in figures)
+    return " ".join(_cell(_figure(exits[-1])) for exits in evaluation.values())
 
 
 def selection_value(evaluation: Evaluation) -> float:
     """What chooses the best checkpoint: the mean over levels of balanced accuracy at the deepest exit."""
-    values = [
-        exits[-1]["exact_match"] if exits[-1]["balanced_accuracy"] is None else exits[-1]["balanced_accuracy"]
-        for exits in evaluation.values()
-    ]
+    values = [_figure(exits[-1]) for exits in evaluation.values()]
     return sum(values) / len(values)
+
+
+def _figure(metrics: Mapping[str, Any]) -> float:
+    """Balanced accuracy, or the exact match of an open answer set."""
+    key = "exact_match" if metrics["balanced_accuracy"] is None else "balanced_accuracy"
+    return float(metrics[key])
 
 
 def _cell(value: float | None) -> str:

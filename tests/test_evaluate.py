@@ -16,6 +16,7 @@ from scalefl.batches import Batcher
 from scalefl.cli import main
 from scalefl.contracts import DataSplits, Example
 from scalefl.evaluate import UNPARSABLE, Evaluator, grade_metrics
+from scalefl.report import summary
 
 ANSWERS = ("dark", "in between", "bright")
 QUESTIONS = ("Which shade?", "How bright is this picture, all in all?")
@@ -174,6 +175,10 @@ def test_grade_metrics_against_their_definitions():
     assert got.kappa == pytest.approx(1 - np.mean((true - predicted) ** 2) / chance, abs=1e-6)
     same = grade_metrics(torch.tensor([2, 2]), torch.tensor([2, 2]), 5, 1.5)
     assert (same.kappa, same.accuracy) == (None, 1.0)
+
+
+def test_the_line_of_a_round_shows_a_level_that_gets_nothing_right():
+    assert summary({"1": [{"balanced_accuracy": 0.0, "exact_match": None}]}) == "0.000"
 
 
 def test_evaluating_a_checkpoint_repeats_the_runs_results(learned, capsys):

@@ -27,15 +27,16 @@ from scalefl.seeding import numpy_rng
 log = logging.getLogger("scalefl")
 
 
-def run_rounds(federation: Federation, progress: Progress, folder: RunFolder, display: Display) -> Progress:
+def run_rounds(
+    federation: Federation, progress: Progress, folder: RunFolder, display: Display, stop: StopSignal
+) -> Progress:
     """Every round that `progress` has not seen yet.
 
-    Raises Interrupted on Ctrl-C and SIGTERM, after writing a checkpoint to go on from.
+    Raises Interrupted when `stop` asks for it, after writing a checkpoint to go on from.
     """
-    with StopSignal(federation.engine) as stop:
-        loop = RoundLoop(federation, folder, display, stop)
-        while progress.round < federation.run.num_rounds:
-            progress = loop.round(progress)
+    loop = RoundLoop(federation, folder, display, stop)
+    while progress.round < federation.run.num_rounds:
+        progress = loop.round(progress)
     return progress
 
 
@@ -180,9 +181,8 @@ def evaluate_levels(federation: Federation, split: str, state: State, check_stop
     """Level -> metrics of every exit, for every level that has held-out examples."""
     results = {}
     for level, ids in federation.held_out[split].items():
-        check_stop()
         if ids:
-            results[str(level)] = federation.evaluator[split].level(level, state, ids)
+            results[str(level)] = federation.evaluator[split].level(level, state, ids, check_stop)
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from scalefl.data.partition import describe
 from scalefl.federation.records import RunFolder
 from scalefl.federation.rounds import evaluate_levels, run_rounds
 from scalefl.federation.setup import Federation, build
+from scalefl.federation.stop import StopSignal
 from scalefl.models.cost import level_cost
 from scalefl.report import levels_by_exits
 
@@ -42,8 +44,11 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     folder.write_config(lambda path: save_config(path, run, model_file))
     _print_setup(display, federation)
     engine.start_trackers(to_dict(run))
-    progress = run_rounds(federation, progress, folder, display)
-    results = _final_results(federation, folder, progress)
+    gc.collect()
+    gc.freeze()  # what lives as long as the run need not be searched each time an engine is torn down
+    with StopSignal(engine) as stop:
+        progress = run_rounds(federation, progress, folder, display, stop)
+        results = _final_results(federation, folder, progress, stop)
     folder.write_results(results)
     _print_results(display, folder, results)
     engine.finish()
@@ -95,7 +100,9 @@ def _check_same_parameters(progress: Progress, initial: State, source: str) -> N
             )
 
 
-def _final_results(federation: Federation, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def _final_results(
+    federation: Federation, folder: RunFolder, progress: Progress, stop: StopSignal
+) -> dict[str, Any]:
     """Test results of the best checkpoint by validation, or of the last round without validation."""
     selected, state = progress.round, progress.state
     if progress.best is not None and progress.best["round"] != progress.round:
@@ -110,7 +117,7 @@ def _final_results(federation: Federation, folder: RunFolder, progress: Progress
         "split": "test",
         "evalmode": federation.run.evalmode,
         "data": federation.data.name,
-        "levels": evaluate_levels(federation, "test", state, lambda: None),
+        "levels": evaluate_levels(federation, "test", state, stop.check),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scalefl.contracts import ClientTask, ClientUpdate, State
+from scalefl.engine import Session
 from scalefl.federation.client import ClientTrainer
 from scalefl.models.store import ResidentStore
 
@@ -30,11 +31,18 @@ class Sequential:
             sent = self._store.level_state(level, global_state)
             model: Any = self._store.submodel(level, global_state, own=True)
             if self._trainer.run.gradient_checkpointing:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
             session = engine.session(model, self._trainer.run)
             try:
                 for task in ordered:
                     if task.level == level:
-                        yield self._trainer.train(session, task, sent, lr)
+                        yield self._train(session, task, sent, lr)
             finally:
                 session.close()
+
+    def _train(self, session: Session, task: ClientTask, sent: State, lr: float) -> ClientUpdate:
+        try:
+            return self._trainer.train(session, task, sent, lr)
+        except Exception as error:
+            error.add_note(f"while training client {task.client} (level {task.level}) in round {task.round}")
+            raise

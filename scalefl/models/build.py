@@ -76,8 +76,10 @@ def new_model(run: RunConfig, family: Any, config: Any) -> nn.Module:
 def _start_tails_without_effect(
     family: Any, model: nn.Module, axes: Mapping[str, Axis], specs: Sequence[LevelSpec]
 ) -> None:
-    """Let every level start as the same function: zero what reads the units beyond the narrowest level, and, in
-    the layers beyond the shallowest one, all that writes to the residual stream.
+    """Let every level start as the same function.
+
+    Zero what reads units beyond the narrowest level, and, in layers beyond the shallowest level, all that writes
+    to the residual stream.
     """
     sizes = {name: axis.size for name, axis in axes.items()}
     narrowest = {name: min(spec.kept[name] for spec in specs) for name in specs[0].kept}
