@@ -57,3 +57,8 @@ def test_the_table_for_the_readme_has_a_line_for_each_row():
     lines = rows().splitlines()
     assert len(lines) == len(ROWS) + 2 >= 22
     assert all(line.count(" | ") == 1 for line in lines if not line.startswith("|-"))
+
+
+def test_the_readme_shows_that_table():
+    """Made by `PYTHONPATH=. python tests/bad_input.py`."""
+    assert rows() in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -78,7 +78,7 @@ def _start_tails_without_effect(
 ) -> None:
     """Let every level start as the same function.
 
-    Zero what reads units beyond the narrowest level, and, in layers beyond the shallowest level, all that writes
+    Zero what reads units beyond the narrowest level and, in layers beyond the shallowest one, all that writes
     to the residual stream.
     """
     sizes = {name: axis.size for name, axis in axes.items()}
