@@ -91,17 +91,19 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
         if (number := _os_error_number(error)) is not None:
             raise OSError(number, os.strerror(number), str(target)) from error
         raise
-    _prune(folder, target, progress, keep_last)
+    _prune(folder, progress, keep_last)
     return target
 
 
-def load_latest(folder: Path) -> Progress | None:
+def latest(folder: Path) -> Path | None:
     """The newest checkpoint below `folder`, or None if there is none."""
-    found = sorted(
-        (p for p in folder.glob("*round-*") if (p / RECORD).is_file() and not p.name.endswith(".tmp")),
-        key=_age,
-    )
-    return load(found[-1]) if found else None
+    found = (p for p in folder.glob("*round-*") if (p / RECORD).is_file() and not p.name.endswith(".tmp"))
+    return max(found, key=_age, default=None)
+
+
+def load_latest(folder: Path) -> Progress | None:
+    path = latest(folder)
+    return None if path is None else load(path)
 
 
 def load(path: Path) -> Progress:
@@ -150,18 +152,17 @@ def _os_error_number(error: BaseException) -> int | None:
     return int(found[1]) if found and not isinstance(error, OSError) else None
 
 
-def _age(path: Path) -> tuple[str, bool, bool]:
+def _age(path: Path) -> tuple[int, bool, bool]:
+    """The middle of round 8 comes after round 7 and before the end of round 8; what was replaced, first."""
     name = path.name.strip(".").removesuffix(".old")
-    number = name[: len("round-0000")]
-    # In the middle of round 8 is later than after round 7, earlier than after round 8; a replaced one is
-    # earliest.
+    number = int(name.removeprefix("round-").removesuffix("-part"))
     return number, not name.endswith("-part"), not path.name.startswith(".")
 
 
-def _prune(folder: Path, newest: Path, progress: Progress, keep_last: int) -> None:
+def _prune(folder: Path, progress: Progress, keep_last: int) -> None:
     best = f"round-{progress.best['round']:04d}" if progress.best else None
-    whole = sorted(p for p in folder.glob("round-????") if p.name != best)
-    surplus = whole[:-keep_last] if keep_last else [p for p in whole if p != newest]
+    whole = [p for p in folder.glob("round-*") if p.name != best and not p.name.endswith("-part")]
+    surplus = sorted(whole, key=_age)[:-keep_last]
     if progress.partial is None:
         surplus += folder.glob("round-*-part")
     surplus += folder.glob(".round-*")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from scalefl.config.options import RunConfig
@@ -101,15 +101,13 @@ class Engine:
         """All ranks' rows in rank order, on every rank."""
         return gather_object(rows) if self.num_processes > 1 else rows
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable value, on every rank."""
-        return broadcast_object_list([value])[0] if self.num_processes > 1 else value
-
     def broadcast_state(self, state: State) -> State:
         """Rank 0's tensors, on every rank, in place; shapes and names agree beforehand."""
         if self.num_processes > 1:
             for name in sorted(state):
-                torch.distributed.broadcast(state[name], src=0)
+                on_device = state[name].to(self.device)  # nccl takes no CPU tensors
+                torch.distributed.broadcast(on_device, src=0)
+                state[name].copy_(on_device)
         return state
 
     def any(self, flag: bool) -> bool:

@@ -75,8 +75,6 @@ class Evaluator:
 
         `check_stop` is called before every batch, equally often on every rank.
         """
-        if self._run.eval_limit is not None:
-            ids = ids[: self._run.eval_limit]
         model = self._store.submodel(level, state, own=False).eval()
         rows: list[tuple[list[Any], list[float], list[int]]] = []
         share = self._engine.share(ids)

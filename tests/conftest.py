@@ -25,6 +25,7 @@ def knee_run() -> Callable[..., Any]:
             "workers": 2,
             "seed": 0,
             "num_patients": 40,
+            "evaluate_from": None,
         }
         return SimpleNamespace(**{**defaults, **{name: _plain(value) for name, value in changes.items()}})
 

@@ -142,12 +142,12 @@ def test_dropout_is_off(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_batch_size_does_not_matter(learned, size, scoring):
     """Prompts of different length lie in one batch or do not; floats differ by the order of their sums."""
-    options = {"scoring": scoring, "eval_limit": 6}
+    options = {"scoring": scoring}
     whole, parts = (
         evaluator(learned.fed, eval_batch_size=n, **options).level(2, learned.state, range(7))
         for n in (64, size)
     )
-    assert [exit["count"] for exit in whole] == [6, 6]
+    assert [exit["count"] for exit in whole] == [7, 7]
     assert parts == nearly(whole, rel=1e-5)
 
 

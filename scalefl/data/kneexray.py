@@ -59,7 +59,7 @@ def load(run: RunConfig) -> DataSplits:
     else:
         image_root = root / "image" if (root / "image").is_dir() else root
         splits, answers = _read_annotations(annotations, image_root, run)
-    _check_splits(splits, where=str(annotations or root))
+    _check_splits(splits, str(annotations or root), run)
     splits = _verify_images(splits, image_root, run)
     return DataSplits(
         name="kneexray",
@@ -348,8 +348,8 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _check_splits(splits: Splits, where: str) -> None:
-    for split in ("train", "test"):
+def _check_splits(splits: Splits, where: str, run: RunConfig) -> None:
+    for split in ("test",) if run.evaluate_from else ("train", "test"):
         if not splits[split]:
             raise InputError(
                 f"{where}: the {split} split has no images; expected one or more; add some to {split}."
@@ -380,5 +380,5 @@ def _verify_images(splits: Splits, image_root: Path, run: RunConfig) -> Splits:
         )
     logger.warning("%s: leaving out %d of %d images: %s%s", image_root, len(bad), len(keys), named, more)
     kept = {split: tuple(e for e in examples if e.image_key not in bad) for split, examples in splits.items()}
-    _check_splits(kept, where=f"{image_root} without its bad images")
+    _check_splits(kept, f"{image_root} without its bad images", run)
     return kept

@@ -182,7 +182,7 @@ def evaluate_levels(federation: Federation, split: str, state: State, check_stop
     results = {}
     for level, ids in federation.held_out[split].items():
         if ids:
-            results[str(level)] = federation.evaluator[split].level(level, state, ids, check_stop)
+            results[str(level)] = federation.evaluators[split].level(level, state, ids, check_stop)
     return results
 
 

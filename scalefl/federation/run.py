@@ -26,8 +26,9 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     """Start or resume a run; a finished run is reported again and left as it is."""
     if run.evaluate_from is not None:
         return evaluate(run, model_file)
-    progress = _earlier_progress(run)
-    federation = build(run, model_file)
+    earlier = _earlier_checkpoint(run)
+    progress = checkpoint.load(earlier) if earlier is not None else None
+    federation = build(run, model_file, processor_from=str(earlier) if earlier is not None else None)
     engine = federation.engine
     display = Display(speaks=engine.is_main, print_freq=run.print_freq)
     folder = RunFolder(run.save_path, writes=engine.is_main)
@@ -49,6 +50,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     with StopSignal(engine) as stop:
         progress = run_rounds(federation, progress, folder, display, stop)
         results = _final_results(federation, folder, progress, stop)
+    gc.unfreeze()
     folder.write_results(results)
     _print_results(display, folder, results)
     engine.finish()
@@ -70,7 +72,7 @@ def evaluate(run: RunConfig, model_file: ModelFile) -> None:
             )
 
 
-def _earlier_progress(run: RunConfig) -> Progress | None:
+def _earlier_checkpoint(run: RunConfig) -> Path | None:
     """The checkpoint to go on from. A folder that holds a run is not written over."""
     folder = Path(run.resume or run.save_path)
     if folder.resolve() != Path(run.save_path).resolve():
@@ -78,15 +80,13 @@ def _earlier_progress(run: RunConfig) -> Progress | None:
             f"--save_path: got {run.save_path}, but --resume goes on in {run.resume}; drop --save_path, "
             "or start a new run from its weights with --init_from."
         )
-    progress = checkpoint.load_latest(folder / "checkpoints")
-    if progress is None:
-        return None
-    if run.resume is None:
+    path = checkpoint.latest(folder / "checkpoints")
+    if path is not None and run.resume is None:
         raise InputError(
-            f"--save_path {run.save_path}: holds a run already (round {progress.round} done); "
-            f"expected --resume to go on with it, or another --save_path."
+            f"--save_path {run.save_path}: holds a run already ({path.name}); "
+            "expected --resume to go on with it, or another --save_path."
         )
-    return progress
+    return path
 
 
 def _check_same_parameters(progress: Progress, initial: State, source: str) -> None:

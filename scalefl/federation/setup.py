@@ -6,25 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from scalefl import checkpoint
 from scalefl.batches import Batcher
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import CONFIG_FILE, load_config, save_config
+from scalefl.config.saved import save_config
 from scalefl.contracts import SPLITS, DataSplits, InputError, State
 from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
 from scalefl.engine import Engine
 from scalefl.evaluate import Evaluator
 from scalefl.federation.client import micro_batch_size
+from scalefl.federation.start import start_from
 from scalefl.levels import assign_levels
-from scalefl.models.build import build_global, new_model
 from scalefl.models.store import ResidentStore
 from scalefl.registry import resolve
+from scalefl.seeding import numpy_rng
 
 LABEL_PARTITIONERS = ("dirichlet", "pathological")
+HELD_OUT = ("val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +37,8 @@ class Federation:
     initial_state: State
     batchers: dict[str, Batcher]
     """Per split."""
-    evaluator: dict[str, Evaluator]
-    """Per split."""
+    evaluators: dict[str, Evaluator]
+    """Per held-out split."""
     clients: tuple[tuple[int, ...], ...]
     """Per client, indices into the training split."""
     client_levels: tuple[int, ...]
@@ -71,40 +70,40 @@ class Federation:
 def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = None) -> Federation:
     """Read and check the data, deal it to clients, and build the global model.
 
-    `processor_from` is a checkpoint whose tokenizer to use: other data must not train another one.
+    `processor_from` is a checkpoint whose tokenizer to use: other data must not train another one. To evaluate
+    a checkpoint, training examples are needed only by `--evalmode local`, to know what its clients hold.
     """
     engine = Engine(run)
     micro_batch_size(run, engine.num_processes)  # refuses a batch that cannot be shared before data is read
-    data = _training_splits(resolve("data", run.data)(run), run)
+    trains = run.evaluate_from is None
+    data = resolve("data", run.data)(run)
+    data = _training_splits(data, run) if trains else data
     _check_answers(run, data)
     family = resolve("arch", run.arch)
     texts = sorted({text for split in data.splits.values() for e in split for text in (e.question, e.answer)})
-    processor, store, state = _model(
+    processor, store, state = start_from(
         run, model_file, family, [*texts, *(data.answers or ())], processor_from, engine.device
     )
-    clients = partition(
-        data.splits["train"],
-        num_clients=run.num_clients,
-        partitioner=run.partitioner,
-        alpha=run.alpha,
-        classes_per_client=run.classes_per_client,
-        min_patients=run.min_patients,
-        seed=run.seed,
-    )
-    client_levels = assign_levels(run.num_clients, run.client_split_ratios, run.seed)
-    pixels = {
-        split: decode_all(examples, data.read_image, processor.resize, run.workers)
-        for split, examples in data.splits.items()
-    }
-    batchers = {
-        split: Batcher(processor, examples, pixels[split], engine.device)
-        for split, examples in data.splits.items()
-    }
-    evaluator = {
-        split: Evaluator(
-            run=run, engine=engine, store=store, batcher=batcher, answers=data.answers, processor=processor
+    clients: tuple[tuple[int, ...], ...] = ()
+    if trains or run.evalmode == "local":
+        clients = partition(
+            data.splits["train"],
+            num_clients=run.num_clients,
+            partitioner=run.partitioner,
+            alpha=run.alpha,
+            classes_per_client=run.classes_per_client,
+            min_patients=run.min_patients,
+            seed=run.seed,
         )
-        for split, batcher in batchers.items()
+    client_levels = assign_levels(run.num_clients, run.client_split_ratios, run.seed)
+    batchers = {
+        split: Batcher(
+            processor,
+            data.splits[split],
+            decode_all(data.splits[split], data.read_image, processor.resize, run.workers),
+            engine.device,
+        )
+        for split in (("train", *HELD_OUT) if trains else HELD_OUT)
     }
     return Federation(
         run=run,
@@ -115,12 +114,20 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
         store=store,
         initial_state=state,
         batchers=batchers,
-        evaluator=evaluator,
+        evaluators={
+            split: Evaluator(
+                run=run,
+                engine=engine,
+                store=store,
+                batcher=batchers[split],
+                answers=data.answers,
+                processor=processor,
+            )
+            for split in HELD_OUT
+        },
         clients=clients,
         client_levels=client_levels,
-        held_out={
-            split: _held_out(run, data, split, clients, client_levels, store) for split in ("val", "test")
-        },
+        held_out={split: _held_out(run, data, split, clients, client_levels, store) for split in HELD_OUT},
     )
 
 
@@ -153,65 +160,6 @@ def _check_answers(run: RunConfig, data: DataSplits) -> None:
             )
 
 
-def _model(
-    run: RunConfig,
-    model_file: ModelFile,
-    family: Any,
-    texts: list[str],
-    processor_from: str | None,
-    device: torch.device,
-) -> tuple[Any, ResidentStore, State]:
-    """The processor, the store and the trainable state a run starts from."""
-    if run.init_from is None:
-        processor = (
-            family.load_processor(processor_from) if processor_from else family.processor(model_file, texts)
-        )
-        model = new_model(run, family, family.config(model_file, processor))
-        store, state = build_global(run, family, model, from_scratch=True, device=device)
-        return processor, store, state
-    source = Path(run.init_from)
-    if (source / CONFIG_FILE).is_file():
-        earlier, earlier_file = load_config(source)
-        if earlier.arch != run.arch:
-            raise InputError(f"--init_from {source}: holds a {earlier.arch}; expected a {run.arch}.")
-        if earlier.tuning == "lora" or earlier.freeze_vit:
-            return _from_part(run, source, earlier, earlier_file, family, device)
-    if not (source / "config.json").is_file():
-        raise InputError(
-            f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
-            "or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
-        )
-    model, processor = family.load_folder(str(source))
-    store, state = build_global(run, family, model, from_scratch=False, device=device)
-    return processor, store, state
-
-
-def _from_part(
-    run: RunConfig,
-    source: Path,
-    earlier: RunConfig,
-    earlier_file: ModelFile,
-    family: Any,
-    device: torch.device,
-) -> tuple[Any, ResidentStore, State]:
-    """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
-    progress = checkpoint.load(source)
-    same = ("tuning", "freeze_vit", "lora_r", "lora_targets", "ee_locs")
-    differing = [name for name in same if getattr(earlier, name) != getattr(run, name)]
-    if differing:
-        raise InputError(
-            f"--init_from {source}: holds only the trained part of a model; expected the options it was "
-            f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
-        )
-    processor = family.load_processor(str(source))
-    if earlier.init_from is None:
-        model = new_model(earlier, family, family.config(earlier_file, processor))
-    else:
-        model, _ = family.load_folder(earlier.init_from)
-    store, _ = build_global(run, family, model, from_scratch=earlier.init_from is None, device=device)
-    return processor, store, dict(progress.state)
-
-
 def _held_out(
     run: RunConfig,
     data: DataSplits,
@@ -220,17 +168,23 @@ def _held_out(
     client_levels: tuple[int, ...],
     store: ResidentStore,
 ) -> dict[int, list[int]]:
-    """`--evalmode global`: everything for every level; `local`: the pooled held-out data of a level's
-    clients.
+    """Level -> the examples it is evaluated on.
+
+    `--evalmode global`: everything; `local`: the pooled held-out data of the level's clients. `--eval_limit`
+    draws as many of them, by seed: files lie sorted by grade.
     """
     examples = data.splits[split]
-    levels = [level for level in store.slices if level in client_levels or run.evalmode == "global"]
-    if run.evalmode == "global" or not examples:
-        return {level: list(range(len(examples))) for level in store.evaluated_levels}
-    parts = partition_held_out(
-        examples, data.splits["train"], clients, partitioner=run.partitioner, seed=run.seed, purpose=split
-    )
+    if run.evalmode == "global":
+        of_level = {level: list(range(len(examples))) for level in store.evaluated_levels}
+    else:
+        parts = partition_held_out(
+            examples, data.splits["train"], clients, partitioner=run.partitioner, seed=run.seed, purpose=split
+        )
+        of_level = {level: [] for level in store.levels if level in client_levels}
+        for part, level in zip(parts, client_levels, strict=True):
+            of_level[level] += part
+    order = numpy_rng(run.seed, f"eval_limit {split}").permutation(len(examples))
+    rank = {int(example): place for place, example in enumerate(order)}
     return {
-        level: sorted(i for part, of in zip(parts, client_levels, strict=True) if of == level for i in part)
-        for level in levels
+        level: sorted(sorted(ids, key=rank.__getitem__)[: run.eval_limit]) for level, ids in of_level.items()
     }

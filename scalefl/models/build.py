@@ -62,6 +62,7 @@ def build_global(
         specs=specs,
         lora=lora,
         width_scaler=run.width_scaler,
+        device=device,
     )
     return store, state
 

@@ -348,8 +348,17 @@ class MiniGPTv2Family:
         return MiniGPTv2Processor.from_pretrained(folder)
 
     def load_folder(self, folder: str) -> tuple[MiniGPTv2ForConditionalGeneration, MiniGPTv2Processor]:
-        """A model folder written by `save_pretrained`, in fp32, and its processor."""
-        model = MiniGPTv2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        """A model folder written by `save_pretrained`, in fp32, and its processor.
+
+        Raises InputError where weights are missing or unknown: transformers would make up the missing ones.
+        """
+        loaded: Any = MiniGPTv2ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        model, info = loaded
+        problems = [f"{kind}: {min(map(str, names))}" for kind, names in info.items() if names]
+        if problems:
+            raise InputError(f"{folder}: {'; '.join(problems)}; expected the weights of its config.json.")
         return model, MiniGPTv2Processor.from_pretrained(folder)
 
     def layouts(self, config: MiniGPTv2Config) -> tuple[tuple[str, str], ...]:

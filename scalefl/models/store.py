@@ -49,8 +49,9 @@ class ResidentStore:
         specs: tuple[LevelSpec, ...],
         lora: LoraSpec | None,
         width_scaler: bool,
+        device: torch.device,
     ) -> None:
-        self.family, self.config, self.base = family, config, base
+        self.family, self.config, self.base, self._device = family, config, base, device
         self._lora, self._width_scaler = lora, width_scaler
         table = family.layouts(config)
         self._layouts = match_layouts(
@@ -85,20 +86,21 @@ class ResidentStore:
         return sum(4 * math.prod(shape) for shape in self.slices[level].trainable_shapes.values())
 
     def submodel(self, level: int, state: Mapping[str, Tensor], *, own: bool) -> nn.Module:
-        """A level's sub-model on the base's device, holding its slice of the trainable `state`.
+        """A level's sub-model on the store's device, holding its slice of the trainable `state`.
 
         With `own` the trainable parameters are copies that require gradients; without, they are views of
-        `state` where the cut is a prefix, for evaluation. Frozen parameters are views of the base either way.
+        `state` where the cut is a prefix and the state is on that device, for evaluation. Frozen parameters
+        are views of the base either way.
         """
         part = self.slices[level]
         model = self._empty(part.config)
         tensors = cut(self.base, part.base_plan)
-        trainable = cut(state, part.trainable_plan)
-        if own:
-            trainable = {
-                name: tensor.clone(memory_format=torch.contiguous_format)
-                for name, tensor in trainable.items()
-            }
+        trainable = {
+            name: tensor.to(self._device, copy=own, memory_format=torch.contiguous_format)
+            if own
+            else tensor.to(self._device)
+            for name, tensor in cut(state, part.trainable_plan).items()
+        }
         for name, tensor in (tensors | trainable).items():
             module_name, _, leaf = name.rpartition(".")
             setattr(
@@ -107,7 +109,7 @@ class ResidentStore:
                 nn.Parameter(tensor, requires_grad=own and name in trainable),
             )
         model.rebuild_buffers()
-        return model
+        return model.to(self._device)
 
     def level_state(self, level: int, state: Mapping[str, Tensor]) -> State:
         """A level's slice of the trainable state, in the sub-model's names."""
