@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-FEDERATED = ["--num_rounds", "60", "--num_epoch", "2", "--eval_every", "5"]
+FEDERATED = ["--num_rounds", "40", "--num_epoch", "2", "--eval_every", "5"]
 CENTRAL = ["--num_clients", "1", "--vertical_scale_ratios", "1", "--horizontal_scale_ratios", "4"]
 CENTRAL += ["--client_split_ratios", "1", "--num_rounds", "20", "--num_epoch", "2", "--eval_every", "5"]
 SETTINGS = {

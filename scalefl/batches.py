@@ -1,5 +1,4 @@
-"""Examples -> tensors: training batches, packed scoring batches, and the order in which a client sees its
-examples.
+"""Examples -> tensors: training batches, packed scoring batches, the order of a client's examples.
 
 Shapes: B rows, L positions, P longest prompt, K packed candidate tokens, N predicted positions, A answers.
 """
@@ -31,8 +30,9 @@ class Batch:
     targets: Tensor
     """(N) token ids."""
     labels: Tensor
-    """(N) answer index, -1 in an open answer set, and `steps` (N) the token's place in its answer."""
+    """(N) index of the token's answer, -1 in an open answer set."""
     steps: Tensor
+    """(N) place of the token in its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{place}{error.strerror}; {NEXT_STEPS[error.errno]}")
     except Interrupted as stop:
+        if _speaks():
+            print(f"scalefl: {stop}; go on with --resume.", file=sys.stderr)
         return EXIT_SIGNAL + stop.signum
     except KeyboardInterrupt:
         return EXIT_CTRL_C

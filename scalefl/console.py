@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ class Display:
     def client_step(
         self, client: int, level: int, done_clients: int, step: int, steps: int, loss: float
     ) -> None:
-        text = f"client {client} (level {level}) step {step}/{steps} loss {loss:.3f}"
+        shown = "" if math.isnan(loss) else f" loss {loss:.3f}"
+        text = f"client {client} (level {level}) step {step}/{steps}{shown}"
         if self._progress is not None:
             self._progress.update(self._task, completed=done_clients + step / steps, description=text)
         elif self._print_freq and step % self._print_freq == 0:

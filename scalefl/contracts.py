@@ -1,4 +1,4 @@
-"""Records and Protocols that the rooms of this house exchange; the lowest tier, importing nothing of ours."""
+"""Records and Protocols that the packages exchange; the lowest tier, importing nothing of ours."""
 
 from __future__ import annotations
 

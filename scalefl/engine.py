@@ -110,13 +110,13 @@ class Engine:
                 state[name].copy_(on_device)
         return state
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank, so that all ranks stop at the same step."""
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank."""
         if self.num_processes == 1:
-            return flag
-        votes = torch.tensor(int(flag), device=self.device)
-        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-        return bool(votes.item())
+            return value
+        values = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return int(values.item())
 
     def start_trackers(self, config: Mapping[str, Any]) -> None:
         """Trackers named by `--report-to`; a tracker that is not installed is an InputError."""

@@ -1,5 +1,4 @@
-"""Every level's every exit on held-out examples: rank or generate, then accuracy, kappa, grade error and
-loss.
+"""Every level's every exit on held-out examples: rank or generate, then accuracy, kappa, error, loss.
 
 Shapes: B rows, A answers, M exits.
 """

@@ -1,5 +1,4 @@
-"""What a sub-model with early exits minimises: cross-entropy at every exit, and self-distillation from the
-deepest.
+"""What a sub-model with early exits minimises: cross-entropy at every exit, distilled from the deepest.
 
 Shapes: N answer tokens, V vocabulary, A answers (labels), S steps (tokens) of the longest answer.
 """
@@ -12,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNSEEN = 1e-3
+"""Examples a client is taken to have of every label. Small, so that it learns next to nothing against a label
+it never sees: with 1, what only few clients hold learns that other clients' labels do not occur.
+"""
+
 
 def exit_losses(
     exit_logits: Sequence[Tensor],
@@ -21,15 +25,13 @@ def exit_losses(
     temperature: float,
     adjustment_nv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss summed over answer tokens (divide by the optimizer step's), and each exit's summed cross-
-    entropy.
+    """The loss summed over answer tokens (divide by the optimizer step's), and each exit's summed CE.
 
-        L = sum_i i * [CE(exit_i) + gamma * T^2 * KL(softmax(exit_m / T) || softmax(exit_i / T))] / (m (m + 1)
-        / 2)
+        L = sum_i i [CE(exit_i) + gamma T^2 KL(softmax(exit_m / T) || softmax(exit_i / T))] / (m (m + 1) / 2)
 
     without a KL term for i = m; the teacher is detached and its logits are not adjusted.
-    Shapes: logits (N, V), shallowest exit first. Source: ScaleFL (CVPR 2023), section 3.3; the reference
-    implementation averages the KL over classes and lets gradients reach the teacher.
+    Shapes: logits (N, V), shallowest exit first. Source: ScaleFL (CVPR 2023); its reference implementation
+    averages the KL over classes and lets gradients reach the teacher.
     """
     if temperature <= 0:
         raise ValueError(f"distillation temperature: got {temperature}; expected a positive number.")
@@ -56,11 +58,11 @@ def answer_prior_adjustment(
     """What logit adjustment adds at step s of answer a: (A, S, V).
 
     log(P_client(token | answer so far) / P_uniform(token | answer so far)) for tokens that continue a
-    candidate answer, 0 elsewhere; the client's label counts are smoothed by +1. A client whose labels are
+    candidate answer, 0 elsewhere; the client's label counts are raised by `UNSEEN`. A client whose labels are
     skewed then learns the evidence in an image and not its own label frequencies. Source: Menon et al.,
     "Long-tail learning via logit adjustment" (ICLR 2021), carried over to answers of several tokens.
     """
-    counts = [count + 1.0 for count in label_counts]
+    counts = [count + UNSEEN for count in label_counts]
     table = torch.zeros(len(answer_ids), max(map(len, answer_ids)), vocab)
     for a, ids in enumerate(answer_ids):
         for step in range(len(ids)):

@@ -3,7 +3,6 @@
 import hashlib
 
 import numpy as np
-import torch
 
 
 def derive(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> int:
@@ -14,7 +13,3 @@ def derive(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> int:
 
 def numpy_rng(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> np.random.Generator:
     return np.random.default_rng(derive(seed, purpose, round=round, client=client))
-
-
-def torch_rng(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(derive(seed, purpose, round=round, client=client))

@@ -1,9 +1,8 @@
-"""Whole runs of a very small model on synthetic knees, and a plain federation to hold them against.
+"""Whole runs of a very small model on synthetic knees.
 
 The model: 2 text layers, hidden 16, 2 heads, 16 patches, 4 image tokens; 2 levels, an exit after each layer.
 """
 
-import copy
 import gc
 import json
 import os
@@ -15,23 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from scalefl.batches import Batcher, step_order
 from scalefl.cli import main
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.resolve import resolve
-from scalefl.contracts import ClientTask, State
+from scalefl.contracts import State
 from scalefl.federation.setup import Federation, build
-from scalefl.models.store import ResidentStore
-from scalefl.seeding import numpy_rng
 
 gc.freeze()  # accelerate collects garbage at every teardown: 0.2 s over all that the libraries hold
 torch.set_num_threads(1)  # the model is too small for more, and the machine may be busy
@@ -208,86 +202,3 @@ class Job:
 
     def end(self, seconds: float = 120.0) -> int:
         return self.process.wait(timeout=seconds)
-
-
-# A federation as plainly as it can be written: no sessions, no streaming, no engine.
-
-
-def plain_loss(
-    exit_logits: Sequence[torch.Tensor], targets: torch.Tensor, gamma: float, temperature: float
-) -> torch.Tensor:
-    """Mean over answer tokens of the exit-weighted loss."""
-    num_exits, teacher = len(exit_logits), exit_logits[-1].detach() / temperature
-    total = torch.zeros(())
-    for i, logits in enumerate(exit_logits, start=1):
-        total = total + i * F.cross_entropy(logits, targets)
-        if i < num_exits:
-            p, q = teacher.softmax(-1), (logits / temperature).softmax(-1)
-            total = total + i * gamma * temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
-    return total / (num_exits * (num_exits + 1) / 2)
-
-
-def plain_client(model: torch.nn.Module, run: RunConfig, batcher: Batcher, task: ClientTask) -> State:
-    """The trained parameters of one client."""
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer
-    if run.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay)
-    gamma = run.KD_gamma if task.round > run.KD_start * run.num_rounds else 0.0
-    for ids in batches(run, task):
-        batch = batcher.training(ids)
-        optimizer.zero_grad()
-        plain_loss(model(**batch.inputs).exit_logits, batch.targets, gamma, run.KD_T).backward()
-        if run.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
-        optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def batches(run: RunConfig, task: ClientTask) -> list[np.ndarray]:
-    rng = numpy_rng(run.seed, "batches", round=task.round, client=task.client)
-    size, epochs = run.batch_size, run.num_epoch
-    return step_order(
-        task.example_ids, [], batch_size=size, num_epoch=epochs, local_steps=None, balanced=False, rng=rng
-    )
-
-
-def plain_round(store: ResidentStore, before: State, run: RunConfig, batcher: Batcher, tasks: Any) -> State:
-    """Deep copies of the sub-model for all clients, then the weighted mean of values at every coordinate."""
-    total = {name: np.zeros(tensor.shape) for name, tensor in before.items()}
-    weight = {name: np.zeros(tensor.shape) for name, tensor in before.items()}
-    models = {t.client: copy.deepcopy(store.submodel(t.level, before, own=True)) for t in tasks}
-    for task in tasks:
-        trained = plain_client(models[task.client], run, batcher, task)
-        for name, tensor in trained.items():
-            where = place(name, tensor.shape, before, store.slices[task.level].spec.depth)
-            target = global_name(name, before, store.slices[task.level].spec.depth)
-            total[target][where] += len(task.example_ids) * tensor.double().numpy()
-            weight[target][where] += len(task.example_ids)
-    merged = {}
-    for name, tensor in before.items():
-        held = weight[name] > 0
-        value = np.where(held, total[name] / np.where(held, weight[name], 1), tensor.double().numpy())
-        merged[name] = torch.from_numpy(value).float()
-    return merged
-
-
-def global_name(name: str, before: State, depth: int) -> str:
-    earlier = f"exit_norms.{depth - 1}.weight"
-    return earlier if name == "language_model.model.norm.weight" and earlier in before else name
-
-
-def place(name: str, shape: Sequence[int], before: State, depth: int) -> Any:
-    """Where a sub-model's parameter lies in the whole: prefixes, also within q, k, v and any patch."""
-    whole = before[global_name(name, before, depth)].shape
-    groups = {("qkv", 0): 3, ("projector.weight", 1): 4}
-    parts = []
-    for dim, (size, kept) in enumerate(zip(whole, shape, strict=True)):
-        count = next((g for (part, at), g in groups.items() if part in name and at == dim), 1)
-        parts.append(np.arange(size).reshape(count, -1)[:, : kept // count].reshape(-1))
-    return np.ix_(*parts)

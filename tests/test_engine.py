@@ -6,20 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import (
-    arguments,
-    environment,
-    federation,
-    forget_launch,
-    largest_difference,
-    plain_client,
-    same_bits,
-)
+from plain import LEVEL, OneClient
+from runs import arguments, environment, largest_difference, same_bits
 
-from scalefl.contracts import ClientTask, InputError
-from scalefl.federation.client import ClientTrainer, micro_batch_size
+from scalefl.contracts import InputError
+from scalefl.federation.client import micro_batch_size
 
-LEVEL = 2
 LORA = {"tuning": "lora", "lora_r": 4, "optimizer": "sgd", "lr": 0.05}
 
 SUM_ORDER = 2e-6
@@ -29,50 +21,6 @@ SUM_ORDER = 2e-6
 def adam_noise(run, steps):
     """Adam divides g by |g| + 1e-8; rounding moves g by less than 5e-10, so a step by less than lr / 20."""
     return 0.05 * run.lr * steps
-
-
-class OneClient:
-    """A client's training as the round loop sets it up."""
-
-    def __init__(self, folder, **options):
-        forget_launch()
-        self.fed = federation(
-            folder, **{"logit_adjustment": "off", "num_rounds": 1, "KD_start": 0.0} | options
-        )
-        self.run, self.engine, self.state = self.fed.run, self.fed.engine, self.fed.initial_state
-        self.trainer = ClientTrainer(
-            run=self.run,
-            engine=self.engine,
-            batcher=self.fed.batchers["train"],
-            answer_ids=None,
-            vocab_size=self.fed.store.vocab_size,
-            check_stop=lambda: None,
-            on_step=lambda *_: None,
-        )
-
-    def task(self, count=10, client=0):
-        ids = tuple(range(client, client + count))
-        return ClientTask(client=client, level=LEVEL, round=1, example_ids=ids)
-
-    def session(self):
-        model = self.fed.store.submodel(LEVEL, self.state, own=True)
-        if self.run.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return self.engine.session(model, self.run)
-
-    def train(self, *tasks, lr=None):
-        """The last task's change, after the others on the same session."""
-        session, sent = self.session(), self.fed.store.level_state(LEVEL, self.state)
-        rate = self.run.lr if lr is None else lr
-        updates = [self.trainer.train(session, task, sent, rate) for task in tasks]
-        session.close()
-        return updates[-1].delta
-
-    def plain(self, task):
-        model = self.fed.store.submodel(LEVEL, self.state, own=True)
-        sent = self.fed.store.level_state(LEVEL, self.state)
-        trained = plain_client(model, self.run, self.fed.batchers["train"], task)
-        return {name: tensor - sent[name] for name, tensor in trained.items()}
 
 
 @pytest.mark.parametrize(("tuning", "micro_batch_size"), [({}, None), ({}, 1), ({}, 2), (LORA, 2)])

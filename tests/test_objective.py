@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scalefl.objective import answer_prior_adjustment, exit_losses
+from scalefl.objective import UNSEEN, answer_prior_adjustment, exit_losses
 
 RTOL = 1e-5
 """The loss computes in fp32: some tens of roundings of 6e-8 each, against a reference in float64."""
@@ -138,7 +138,7 @@ def test_adjustment_is_the_log_ratio_of_priors_by_enumeration(
     def prior(weights: Sequence[float], prefix: tuple[int, ...]) -> float:
         return math.fsum(w for w, ids in zip(weights, answers, strict=True) if ids[: len(prefix)] == prefix)
 
-    client, uniform = [count + 1.0 for count in counts], [1.0] * len(answers)
+    client, uniform = [count + UNSEEN for count in counts], [1.0] * len(answers)
     for a, ids in enumerate(answers):
         for step in range(len(ids)):
             prefix, expected = ids[:step], torch.zeros(vocab)
@@ -156,7 +156,7 @@ def test_adjustment_over_an_answer_sums_to_the_log_ratio_of_label_priors() -> No
     counts = [40, 3, 0, 7, 1]
     ids = [tuple(processor().encode_answer(answer)) for answer in ANSWERS]
     table = answer_prior_adjustment(counts, ids, vocab=280)
-    smoothed = [count + 1 for count in counts]
+    smoothed = [count + UNSEEN for count in counts]
     for a, answer in enumerate(ids):
         total = sum(float(table[a, step, token]) for step, token in enumerate(answer))
         assert total == pytest.approx(math.log(smoothed[a] / sum(smoothed) * len(ids)), abs=1e-5)

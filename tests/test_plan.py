@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scalefl.slicing.layout import Layout, parse_layout
 from scalefl.slicing.ops import cut
-from scalefl.slicing.plan import PlanEntry, lost_share, make_plan, zero_tails
+from scalefl.slicing.plan import PlanEntry, lost_share, make_plan, zero_tail
 
 AXES = ("a", "b", "c", "d")
 
@@ -118,11 +118,19 @@ def test_the_share_lost_is_whole_over_kept_of_the_input() -> None:
     assert lost_share(parse_layout("embed"), sizes, kept) == 1.0
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-def test_zeroed_tails_are_the_columns_a_cut_leaves_behind(p: int, a: int, b: int) -> None:
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
+def test_a_zeroed_tail_is_the_columns_a_cut_leaves_behind(p: int, a: int, b: int) -> None:
+    """Where nothing of an axis is kept, all of them."""
     sizes, kept = {"p": 3, "a": 3, "b": 3, "out": 2}, {"p": p, "a": a, "b": b}
     layout = parse_layout("out (p a b)")
     weight = torch.ones(2, 27)
-    zero_tails({"w": weight}, {"w": layout}, sizes, kept)
+    zero_tail(weight, layout, sizes, kept)
     columns = brute_force(layout, sizes, kept)[1]
     assert weight.sum() == 2 * len(columns) and bool(weight[:, columns].all())
+
+
+def test_a_weight_that_reads_no_cut_axis_has_no_tail() -> None:
+    """Its output is cut, its input is not: whoever holds a row holds the whole row."""
+    weight = torch.ones(4, 3)
+    zero_tail(weight, parse_layout("ffn embed"), {"ffn": 4, "embed": 3}, {"ffn": 2})
+    assert bool(weight.all())

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import plain_round
 from runs import (
     arguments,
     environment,
     federation,
     forget_launch,
     largest_difference,
-    plain_round,
     records,
     same_bits,
     start,

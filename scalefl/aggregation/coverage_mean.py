@@ -1,6 +1,6 @@
 """Coverage mean: every coordinate moves by the weighted mean over the clients that hold it.
 
-Source: ScaleFL (CVPR 2023), section 3.2; unlike the reference implementation it weighs by examples and merges
+Source: ScaleFL (CVPR 2023); unlike the reference implementation it weighs by examples and merges
 changes instead of values, so that clients that changed nothing change nothing, bit for bit.
 """
 

@@ -195,8 +195,10 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
 
 
 def _answers(run: RunConfig) -> Iterator[Finding]:
-    if len(set(run.answers)) < len(run.answers) or "" in run.answers:
-        yield ("answers",), f"got {', '.join(map(repr, run.answers))}; expected texts that differ."
+    bare = {answer.strip() for answer in run.answers} - {""}
+    if not run.answers or bare != set(run.answers) or len(bare) < len(run.answers):
+        got = ", ".join(map(repr, run.answers)) or "none"
+        yield ("answers",), f"got {got}; expected texts that differ, without blanks around them."
 
 
 def _spaced(numbers: Collection[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class ClientTrainer:
     check_stop: Callable[[], None]
     """Called before every step by all ranks; raises if the run is to stop."""
     on_step: Callable[[ClientTask, int, int, float], None]
-    """(task, step, steps, loss) after every step."""
+    """(task, step, steps, mean loss of the last steps read) after every step."""
 
     def train(
         self, session: Session, task: ClientTask, sent: Mapping[str, Tensor], lr: float
@@ -52,7 +53,8 @@ class ClientTrainer:
         )
         shifts = draw_shifts(sum(map(len, steps)), draws) if run.augment else None
         objective = self._objective(task, labels)
-        seen, loss_sum, tokens = 0, 0.0, 0
+        seen = 0
+        loss = MeanLoss(session, read_every=run.print_freq)
         with torch.random.fork_rng(devices=[self.engine.device] if self.engine.device.type == "cuda" else []):
             torch.manual_seed(derive(run.seed, "dropout", round=task.round, client=task.client))
             for number, ids in enumerate(steps, start=1):
@@ -61,25 +63,22 @@ class ClientTrainer:
                 step_tokens = self.batcher.num_answer_tokens(ids)
                 losses = [objective.bind(batch) for batch in self._micro_batches(ids, step_shifts)]
                 session.step(losses, step_tokens, lr * min(1.0, number / max(run.warmup_steps, 1)))
-                step_loss = float(session.sum_over_ranks(objective.take_loss()))
-                seen, loss_sum, tokens = seen + len(ids), loss_sum + step_loss, tokens + step_tokens
-                self.on_step(task, number, len(steps), step_loss / step_tokens)
+                seen += len(ids)
+                self.on_step(task, number, len(steps), loss.after_step(objective.take_loss(), step_tokens))
         return ClientUpdate(
             client=task.client,
             level=task.level,
             delta=session.delta(sent) if self.engine.is_main else {},
             num_examples=len(task.example_ids),
             metrics={
-                "loss": loss_sum / max(tokens, 1),
+                "loss": loss.of_all_steps(),
                 "steps": len(steps),
                 "seconds": time.perf_counter() - started,
             },
         )
 
     def _micro_batches(self, ids: Ids, shifts: np.ndarray | None) -> list[Batch]:
-        """This rank's share of a step. Every rank gets as many micro-batches; those beyond its share predict
-        nothing.
-        """
+        """This rank's share of a step, as many micro-batches on every rank; surplus ones predict nothing."""
         size, ranks = micro_batch_size(self.run, self.engine.num_processes), self.engine.num_processes
         rounds = -(-len(ids) // (size * ranks))
         batches = []
@@ -100,10 +99,37 @@ class ClientTrainer:
         )
 
 
+class MeanLoss:
+    """Loss per answer token; waits for the device, and for other ranks, once in `read_every` steps alone."""
+
+    def __init__(self, session: Session, read_every: int) -> None:
+        self._session, self._read_every = session, read_every
+        self._unread: list[Tensor] = []
+        self._unread_tokens, self._steps = 0, 0
+        self._sum, self._tokens, self._shown = 0.0, 0, math.nan
+
+    def after_step(self, loss_sum: Tensor, tokens: int) -> float:
+        """Take in this rank's part of a step; the mean of the last steps that were read."""
+        self._unread.append(loss_sum)
+        self._unread_tokens, self._steps = self._unread_tokens + tokens, self._steps + 1
+        if self._steps % self._read_every == 0:
+            self._read()
+        return self._shown
+
+    def of_all_steps(self) -> float:
+        if self._unread:
+            self._read()
+        return self._sum / max(self._tokens, 1)
+
+    def _read(self) -> None:
+        total = float(self._session.sum_over_ranks(torch.stack(self._unread).sum()))
+        self._shown = total / self._unread_tokens
+        self._sum, self._tokens = self._sum + total, self._tokens + self._unread_tokens
+        self._unread, self._unread_tokens = [], 0
+
+
 class Objective:
-    """The loss of one micro-batch as a function of the model; keeps the deepest exit's cross-entropy for
-    reports.
-    """
+    """The loss of one micro-batch as a function of the model; keeps the deepest exit's for reports."""
 
     def __init__(self, *, distill_weight: float, temperature: float, table: Tensor | None) -> None:
         self._distill_weight, self._temperature, self._table = distill_weight, temperature, table

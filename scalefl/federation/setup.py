@@ -70,8 +70,8 @@ class Federation:
 def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = None) -> Federation:
     """Read and check the data, deal it to clients, and build the global model.
 
-    `processor_from` is a checkpoint whose tokenizer to use: other data must not train another one. To evaluate
-    a checkpoint, training examples are needed only by `--evalmode local`, to know what its clients hold.
+    `processor_from` is a checkpoint whose tokenizer to use: other data must not train another one. Evaluating
+    a checkpoint needs training examples for `--evalmode local` alone, to know what its clients hold.
     """
     engine = Engine(run)
     micro_batch_size(run, engine.num_processes)  # refuses a batch that cannot be shared before data is read

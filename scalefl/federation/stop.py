@@ -34,5 +34,5 @@ class StopSignal:
 
     def check(self) -> None:
         """Raise Interrupted on every rank if any rank got a signal: all ranks must leave at the same step."""
-        if self._engine.any(self._received is not None):
-            raise Interrupted(self._received or signal.SIGTERM)
+        if signum := self._engine.largest(self._received or 0):
+            raise Interrupted(signum)

@@ -418,9 +418,7 @@ class MiniGPTv2Family:
         )
 
     def global_name(self, name: str, spec: LevelSpec, num_exits: int) -> str:
-        """Where a sub-model's parameter lives in the whole model: its last exit's norm is an early exit's
-        there.
-        """
+        """Where a sub-model's parameter lives in the whole model, to which its last exit is an early one."""
         return (
             f"exit_norms.{spec.depth - 1}.weight" if name == FINAL_NORM and spec.depth < num_exits else name
         )

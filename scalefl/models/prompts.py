@@ -44,7 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def stretch(pixels_chw: Tensor) -> Tensor:
     """An image whose 1st to 99th percentile fills 0 to 255: exposures differ between scanners."""
-    low, high = torch.quantile(pixels_chw.float(), torch.tensor([0.01, 0.99])).tolist()
+    grey_hw = pixels_chw.float().mean(0)  # the same window whether a grey image comes as one channel or three
+    low, high = torch.quantile(grey_hw, torch.tensor([0.01, 0.99])).tolist()
     return ((pixels_chw.float() - low) * (255 / max(high - low, 1.0))).round().clamp(0, 255).to(torch.uint8)
 
 
