@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,3 +123,11 @@ class Aggregator(Protocol):
     def add(self, update: ClientUpdate) -> None: ...
 
     def finish(self) -> State: ...
+
+
+class Executor(Protocol):
+    """Where and in which order the clients of a round train."""
+
+    def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[ClientUpdate]:
+        """Each task's update as soon as it is there, in an order that the tasks alone decide."""
+        ...

@@ -15,7 +15,7 @@ from scalefl import checkpoint
 from scalefl.checkpoint import Partial, Progress
 from scalefl.config.options import RunConfig
 from scalefl.console import Display
-from scalefl.contracts import ClientTask, ClientUpdate, Interrupted, State
+from scalefl.contracts import Aggregator, ClientTask, ClientUpdate, Executor, Interrupted, State
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.records import RunFolder
 from scalefl.federation.setup import Federation
@@ -54,7 +54,7 @@ class RoundLoop:
             check_stop=stop.check,
             on_step=self._on_step,
         )
-        self._executor = resolve("executor", self._run.executor)(trainer, federation.store)
+        self._executor: Executor = resolve("executor", self._run.executor)(trainer, federation.store)
         self._clients_done = 0
 
     def round(self, before: Progress) -> Progress:
@@ -63,7 +63,7 @@ class RoundLoop:
         tasks = sample_cohort(self._run, number, self._fed.clients, self._fed.client_levels)
         lr = learning_rate(self._run, number)
         plans = {level: part.trainable_plan for level, part in store.slices.items()}
-        merge = self._aggregation(before.state, plans, self._run.weighting)
+        merge: Aggregator = self._aggregation(before.state, plans, self._run.weighting)
         clients: list[dict[str, Any]] = []
         if before.partial is not None:
             merge.sums, clients = before.partial.sums, list(before.partial.clients)
@@ -98,7 +98,7 @@ class RoundLoop:
         self._save(after)
         return after
 
-    def _merge(self, merge: Any, update: ClientUpdate) -> dict[str, Any]:
+    def _merge(self, merge: Aggregator, update: ClientUpdate) -> dict[str, Any]:
         """Add an update to the sums unless it holds a value that is not finite; the client's record."""
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in update.delta.values())
         if not finite:
@@ -116,7 +116,7 @@ class RoundLoop:
             **{name: value if math.isfinite(value) else None for name, value in update.metrics.items()},
         }
 
-    def _merged(self, merge: Any, before: State) -> State:
+    def _merged(self, merge: Aggregator, before: State) -> State:
         """Rank 0 merges, every rank gets the result."""
         state = (
             merge.finish()

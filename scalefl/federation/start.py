@@ -14,6 +14,7 @@ from scalefl.config.options import RunConfig
 from scalefl.config.saved import CONFIG_FILE, load_config
 from scalefl.contracts import InputError, State
 from scalefl.models.build import build_global, new_model
+from scalefl.models.family import ModelFamily
 from scalefl.models.store import ResidentStore
 
 SAME_PART = ("tuning", "freeze_vit", "lora_r", "lora_alpha", "lora_targets", "ee_locs")
@@ -23,7 +24,7 @@ SAME_PART = ("tuning", "freeze_vit", "lora_r", "lora_alpha", "lora_targets", "ee
 def start_from(
     run: RunConfig,
     model_file: ModelFile,
-    family: Any,
+    family: ModelFamily,
     texts: list[str],
     processor_from: str | None,
     device: torch.device,
@@ -61,7 +62,7 @@ def _from_part(
     source: Path,
     earlier: RunConfig,
     earlier_file: ModelFile,
-    family: Any,
+    family: ModelFamily,
     device: torch.device,
 ) -> tuple[Any, ResidentStore, State]:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""

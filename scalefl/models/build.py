@@ -15,6 +15,7 @@ from scalefl.config.options import RunConfig
 from scalefl.contracts import Axis, LevelSpec, State
 from scalefl.levels import exit_layers, level_specs
 from scalefl.models.adapters import LoraSpec, add_lora, is_adapter
+from scalefl.models.family import ModelFamily
 from scalefl.models.store import ResidentStore
 from scalefl.seeding import derive
 from scalefl.slicing.layout import match_layouts
@@ -24,7 +25,7 @@ log = logging.getLogger("scalefl")
 
 
 def build_global(
-    run: RunConfig, family: Any, model: nn.Module, *, from_scratch: bool, device: torch.device
+    run: RunConfig, family: ModelFamily, model: nn.Module, *, from_scratch: bool, device: torch.device
 ) -> tuple[ResidentStore, State]:
     """The resident store of `model`'s frozen part, and its trainable state (fp32, CPU).
 
@@ -67,7 +68,7 @@ def build_global(
     return store, state
 
 
-def new_model(run: RunConfig, family: Any, config: Any) -> nn.Module:
+def new_model(run: RunConfig, family: ModelFamily, config: Any) -> nn.Module:
     """A model with seeded random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(run.seed, "initial weights"))
@@ -75,7 +76,7 @@ def new_model(run: RunConfig, family: Any, config: Any) -> nn.Module:
 
 
 def _start_tails_without_effect(
-    family: Any, model: nn.Module, axes: Mapping[str, Axis], specs: Sequence[LevelSpec]
+    family: ModelFamily, model: nn.Module, axes: Mapping[str, Axis], specs: Sequence[LevelSpec]
 ) -> None:
     """Let every level start as the same function.
 
@@ -112,7 +113,7 @@ def _set_exits(model: Any, layers: list[int]) -> None:
     model.config.exit_layers = layers
 
 
-def _is_trainable(run: RunConfig, family: Any, name: str) -> bool:
+def _is_trainable(run: RunConfig, family: ModelFamily, name: str) -> bool:
     if run.tuning == "full":
         return not (run.freeze_vit and family.is_vision(name))
     return is_adapter(name) or family.trained_beside_adapters(name)

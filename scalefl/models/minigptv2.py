@@ -32,8 +32,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
+from scalefl.config.modelfile import ModelFile
 from scalefl.contracts import Axis, InputError, LevelSpec
 from scalefl.models.exits import hidden_at_exits, logits_at, new_cache
+from scalefl.models.family import ModelFamily
 from scalefl.models.prompts import IMAGE_PLACEHOLDER, IMAGE_SLOT, MiniGPTv2Processor, train_tokenizer
 
 PATCHES_PER_TOKEN = 4
@@ -279,11 +281,9 @@ FINAL_NORM = "language_model.model.norm.weight"
 
 
 class MiniGPTv2Family:
-    """What the rest of ScaleFL asks of a model family."""
+    """Fulfils `ModelFamily`."""
 
-    name = "MiniGPTv2"
-
-    def processor(self, model_file: Any, texts: list[str]) -> MiniGPTv2Processor:
+    def processor(self, model_file: ModelFile, texts: list[str]) -> MiniGPTv2Processor:
         """A processor with a tokenizer trained on `texts`, as the model file's `tokenizer:` section asks.
 
         Raises InputError if the file asks for anything else: released weights are converted beforehand.
@@ -319,7 +319,7 @@ class MiniGPTv2Family:
             window=model_file.window,
         )
 
-    def config(self, model_file: Any, processor: MiniGPTv2Processor) -> MiniGPTv2Config:
+    def config(self, model_file: ModelFile, processor: MiniGPTv2Processor) -> MiniGPTv2Config:
         """The whole model's config, still without early exits."""
         vision, tokenizer = dict(model_file.vision), processor.tokenizer
         ln_vision_eps = vision.pop("ln_vision_eps", 1e-5)
@@ -431,4 +431,4 @@ class MiniGPTv2Family:
         return name.startswith(("projector.", "exit_norms."))
 
 
-FAMILY = MiniGPTv2Family()
+FAMILY: ModelFamily = MiniGPTv2Family()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scalefl.contracts import LevelSpec, State
 from scalefl.models.adapters import LoraSpec, adapter_layouts, add_lora
+from scalefl.models.family import ModelFamily
 from scalefl.slicing.layout import match_layouts
 from scalefl.slicing.ops import cut
 from scalefl.slicing.plan import Plan, lost_share, make_plan
@@ -42,7 +43,7 @@ class ResidentStore:
     def __init__(
         self,
         *,
-        family: Any,
+        family: ModelFamily,
         config: Any,
         base: State,
         trainable_shapes: Mapping[str, torch.Size],

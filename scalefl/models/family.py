@@ -1,0 +1,54 @@
+"""What the rest of ScaleFL asks of a model family: one file fulfils it, one line registers it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from scalefl.config.modelfile import ModelFile
+from scalefl.contracts import Axis, LevelSpec
+from scalefl.slicing.layout import LayoutTable
+
+
+class ModelFamily(Protocol):
+    """Configs, models and processors are the family's own Hugging Face classes.
+
+    A model has `exit_norm(exit)`, `exit_norms`, `apply_input_scales()`, `rebuild_buffers()`, and in its config
+    `exit_layers` and `input_scales`; called with `predict_at` it returns `exit_logits`. A processor has
+    `encode_question`, `encode_answer`, `decode_answer`, `resize` and `normalise`. See `minigptv2.py`.
+    """
+
+    def processor(self, model_file: ModelFile, texts: list[str]) -> Any:
+        """A new processor; `texts` are all questions and answers of the run."""
+        ...
+
+    def load_processor(self, folder: str) -> Any: ...
+
+    def config(self, model_file: ModelFile, processor: Any) -> Any:
+        """The whole model's config, without early exits."""
+        ...
+
+    def new_model(self, config: Any) -> Any: ...
+
+    def load_folder(self, folder: str) -> tuple[Any, Any]:
+        """Model (fp32) and processor of a saved folder; raises InputError where weights are missing."""
+        ...
+
+    def num_layers(self, config: Any) -> int: ...
+
+    def layouts(self, config: Any) -> LayoutTable:
+        """One pattern for every parameter."""
+        ...
+
+    def axes(self, config: Any, *, cut_vision: bool) -> dict[str, Axis]: ...
+
+    def level_config(self, config: Any, spec: LevelSpec) -> Any:
+        """The config of a level's sub-model."""
+        ...
+
+    def global_name(self, name: str, spec: LevelSpec, num_exits: int) -> str:
+        """Where a sub-model's parameter lives in the whole model."""
+        ...
+
+    def is_vision(self, name: str) -> bool: ...
+
+    def trained_beside_adapters(self, name: str) -> bool: ...
