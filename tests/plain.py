@@ -15,6 +15,7 @@ from scalefl.config.options import RunConfig
 from scalefl.contracts import ClientTask, State
 from scalefl.federation.client import ClientTrainer
 from scalefl.models.store import ResidentStore
+from scalefl.objective import UNSEEN
 from scalefl.seeding import numpy_rng
 
 LEVEL = 2
@@ -45,10 +46,10 @@ def plain_loss(
 def plain_bias(batcher: Batcher, ids: Any, task: ClientTask, answers: Answers, vocab: int) -> torch.Tensor:
     """Per answer token and vocabulary entry: log of how much likelier it is to follow at this client.
 
-    The client draws answer a with probability (1 + its examples of a) / sum; "otherwise" is a uniform draw.
+    The client draws answer a in proportion to its examples of a, plus `UNSEEN`; elsewhere all are as likely.
     """
     held = [batcher.examples[i].label for i in task.example_ids]
-    weights = [1 + held.count(a) for a in range(len(answers))]
+    weights = [UNSEEN + held.count(a) for a in range(len(answers))]
     rows = []
     for i in ids:
         label = batcher.examples[i].label

@@ -13,13 +13,16 @@ SUM_ORDER = 2e-6
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_an_adjusted_client_equals_a_plain_loop(tmp_path, tuning, micro_batch_size):
-    """10 examples of a client whose labels are as they come; the bias from probabilities, not from counts."""
+    """9 examples of two grades of five; the bias is summed up from probabilities, answer by answer."""
     options = {"tuning": tuning, "micro_batch_size": micro_batch_size}
     client = OneClient(tmp_path, **options, logit_adjustment="on")
-    got, expected = client.train(client.task()), client.plain(client.task())
+    labels = [example.label for example in client.batcher.examples]
+    ids = [i for i, label in enumerate(labels) if label == 0][:7] + [labels.index(1), labels.index(1) + 1]
+    task = replace(client.task(), example_ids=tuple(ids))
+    got, expected = client.train(task), client.plain(task)
     assert largest_difference(got, expected) <= SUM_ORDER
     unadjusted = OneClient(tmp_path, **options, logit_adjustment="off")
-    assert largest_difference(got, unadjusted.train(unadjusted.task())) > 100 * SUM_ORDER
+    assert largest_difference(got, unadjusted.train(task)) > 100 * SUM_ORDER
 
 
 def test_auto_adjusts_closed_answers_where_the_partition_or_nothing_else_mends_skew(tmp_path):

@@ -60,12 +60,13 @@ def test_a_schedule_reaches_the_optimizer(tmp_path, rates, options, rate):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"warmup_steps": 4}, {"local_steps": 2}, {"KD_T": 1.5}, {"KD_gamma": 0.0}, {"max_grad_norm": 0.5}],
+    [{"warmup_steps": 4}, {"local_steps": 2}, {"KD_T": 0.5}, {"KD_gamma": 0.0}, {"max_grad_norm": 0.5}],
     ids=lambda changed: next(iter(changed)),
 )
 def test_an_option_changes_a_client_as_it_changes_a_plain_loop(tmp_path, changed):
-    """5 steps of 4 examples: 10 examples, twice."""
-    plain, client = (OneClient(tmp_path, num_epoch=2, **options) for options in ({}, changed))
+    """6 steps of 4 or 2 examples: 10 examples, twice; as much distillation as labels."""
+    base = {"num_epoch": 2, "KD_gamma": 5.0}
+    plain, client = (OneClient(tmp_path, **base | options) for options in ({}, changed))
     got = client.train(client.task())
     assert largest_difference(got, client.plain(client.task())) <= SUM_ORDER
     assert largest_difference(got, plain.train(plain.task())) > 100 * SUM_ORDER

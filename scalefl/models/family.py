@@ -12,8 +12,8 @@ from scalefl.slicing.layout import LayoutTable
 class ModelFamily(Protocol):
     """Configs, models and processors are the family's own Hugging Face classes.
 
-    A model has `exit_norm(exit)`, `exit_norms`, `apply_input_scales()`, `rebuild_buffers()`, and in its config
-    `exit_layers` and `input_scales`; called with `predict_at` it returns `exit_logits`. A processor has
+    A model has `exit_norm(exit)`, `exit_norms`, `apply_input_scales()` and `rebuild_buffers()`, its config
+    `exit_layers` and `input_scales`. Called with `predict_at` it returns `exit_logits`. A processor has
     `encode_question`, `encode_answer`, `decode_answer`, `resize` and `normalise`. See `minigptv2.py`.
     """
 

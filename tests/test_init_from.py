@@ -1,0 +1,138 @@
+"""`--init_from`: a run starts where the folder it names ended, and refuses a folder that does not hold it all."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import arguments, federation, forget_launch, nearly, records, same_bits, start, state
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from scalefl.cli import main
+
+LORA = {"tuning": "lora"}
+STILL = {"lr": 0.0, "num_rounds": 1}
+"""Such a run is evaluated as it started."""
+
+
+def folder_in(parent, name):
+    (folder := parent / name).mkdir()
+    return folder
+
+
+def last(run_folder, round=2):
+    return run_folder / "checkpoints" / f"round-{round:04d}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Checkpoints: of a full run; of a lora run from it; of one from that again; of a lora run from scratch."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs = SimpleNamespace(full=start(folder_in(folder, "full")))
+    runs.lora = start(folder_in(folder, "lora"), "--init_from", str(last(runs.full)), **LORA)
+    runs.chained = start(folder_in(folder, "chained"), "--init_from", str(last(runs.lora)), **LORA)
+    runs.scratch = start(folder_in(folder, "scratch"), **LORA, seed=5)
+    return runs
+
+
+def evaluated(run_folder):
+    return records(run_folder)[-1]["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("source", "tuning"),
+    [("full", "full"), ("full", "lora"), ("lora", "lora"), ("chained", "lora"), ("scratch", "lora")],
+)
+def test_a_run_starts_where_the_other_ended(tmp_path, trained, source, tuning):
+    """Its first evaluation is the other's last, under another seed; new adapters add nothing."""
+    before = getattr(trained, source)
+    typed = ["--init_from", str(last(before)), "--seed", "0"]
+    run_folder = start(tmp_path, *typed, **STILL, tuning=tuning)
+    assert evaluated(run_folder) == nearly(evaluated(before), rel=1e-6)
+    if tuning == "full" or source != "full":
+        assert same_bits(state(run_folder, 1), state(before, 2))
+    ends = [evaluated(getattr(trained, name)) for name in ("full", "lora", "chained", "scratch")]
+    assert all(one != other for i, one in enumerate(ends) for other in ends[:i])
+
+
+def test_training_goes_on_from_there(tmp_path, trained):
+    run_folder = start(tmp_path, "--init_from", str(last(trained.full)), num_rounds=1)
+    assert not same_bits(state(run_folder, 1), state(trained.full, 2))
+
+
+def test_a_saved_model_folder_is_started_from(tmp_path, trained):
+    """What `save_pretrained` writes of model and processor: no file of ours is in it."""
+    saved = tmp_path / "saved"
+    AutoModelForImageTextToText.from_pretrained(last(trained.full)).save_pretrained(saved)
+    AutoProcessor.from_pretrained(last(trained.full)).save_pretrained(saved)
+    assert not (saved / "run.json").exists()
+    run_folder = start(tmp_path, "--init_from", str(saved), **STILL)
+    assert evaluated(run_folder) == nearly(evaluated(trained.full), rel=1e-6)
+    assert same_bits(state(run_folder, 1), state(trained.full, 2))
+
+
+def refused(folder, capsys, *typed, **options):
+    """The one line that a command gets."""
+    forget_launch()
+    capsys.readouterr()
+    assert main(arguments(folder, *typed, **options)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert not (folder / "run").exists()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tuning": "full"}, "--tuning lora"),
+        ({**LORA, "lora_r": 8}, "--lora_r 4"),
+        ({**LORA, "lora_alpha": 3.0}, "--lora_alpha 16.0"),
+        ({**LORA, "lora_targets": ["k_proj"]}, "--lora_targets"),
+    ],
+    ids=["tuning", "rank", "alpha", "targets"],
+)
+def test_trained_parts_fit_no_other_options(tmp_path, capsys, trained, options, words):
+    line = refused(tmp_path, capsys, "--init_from", str(last(trained.lora)), **options)
+    assert line.startswith(
+        f"scalefl: --init_from {last(trained.lora)}: holds only the trained part of a model"
+    )
+    assert words in line
+
+
+@pytest.mark.parametrize("source", ["full", "lora"])
+@pytest.mark.parametrize("change", ["remove", "reshape"])
+def test_weights_that_are_not_all_there_are_refused(tmp_path, capsys, trained, source, change):
+    """A parameter that is missing would start at random, without a word."""
+    file = last(trained.full if source == "full" else trained.lora) / "model.safetensors"
+    tensors, name = load_file(file), "projector.weight"
+    changed = {**tensors, name: torch.zeros(3, 3)} if change == "reshape" else dict(tensors)
+    if change == "remove":
+        del changed[name]
+    kept = file.read_bytes()
+    try:
+        save_file(changed, file, metadata={"format": "pt"})
+        line = refused(tmp_path, capsys, "--init_from", str(file.parent), tuning=source)
+    finally:
+        file.write_bytes(kept)
+    assert str(file.parent) in line and name in line
+
+
+def test_a_checkpoint_of_full_tuning_is_a_model_of_the_hub(trained):
+    """Loaded by the Auto classes alone: bit for bit the run's own logits, at every exit."""
+    fed = federation(trained.full.parent)
+    own = fed.store.submodel(0, state(trained.full, 2), own=False).eval()
+    loaded = AutoModelForImageTextToText.from_pretrained(last(trained.full)).eval()
+    processor = AutoProcessor.from_pretrained(last(trained.full))
+    inputs = fed.batchers["test"].training([0, 1, 2]).inputs
+    with torch.no_grad():
+        pairs = list(zip(loaded(**inputs).exit_logits, own(**inputs).exit_logits, strict=True))
+    assert len(pairs) == 2 and all(torch.equal(mine, other) for mine, other in pairs)
+    example = fed.data.splits["test"][0]
+    prompt = fed.processor.encode_question(example.question)
+    assert (
+        processor.encode_question(example.question)
+        == prompt
+        == inputs["input_ids"][0, : len(prompt)].tolist()
+    )
+    pixels = processor(images=fed.data.read_image(example))["pixel_values"][0]
+    assert torch.equal(pixels, inputs["pixel_values"][0])
