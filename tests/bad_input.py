@@ -327,7 +327,7 @@ ROWS = (
         typed="",
         on_old_run=True,
         lines=(
-            "--save_path run: holds a run already (round 2 done); expected --resume to go on with "
+            "--save_path run: holds a run already (round-0002); expected --resume to go on with "
             "it, or another --save_path."
         ),
     ),

@@ -176,7 +176,7 @@ class OneClient:
     def session(self) -> Any:
         model: Any = self.fed.store.submodel(LEVEL, self.state, own=True)
         if self.run.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         return self.engine.session(model, self.run)
 
     def train(self, *tasks: ClientTask, lr: float | None = None) -> State:

@@ -1,4 +1,4 @@
-"""`--init_from`: a run starts where the folder it names ended, and refuses a folder that does not hold it all."""
+"""`--init_from`: a run starts where the folder it names ended, or refuses one that does not hold it all."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def last(run_folder, round=2):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Checkpoints: of a full run; of a lora run from it; of one from that again; of a lora run from scratch."""
+    """Runs: a full one; a lora one from it; one from that again; a lora one from scratch, of another seed."""
     folder = tmp_path_factory.mktemp("trained")
     runs = SimpleNamespace(full=start(folder_in(folder, "full")))
     runs.lora = start(folder_in(folder, "lora"), "--init_from", str(last(runs.full)), **LORA)
@@ -39,20 +39,31 @@ def evaluated(run_folder):
     return records(run_folder)[-1]["evaluation"]
 
 
-@pytest.mark.parametrize(
-    ("source", "tuning"),
-    [("full", "full"), ("full", "lora"), ("lora", "lora"), ("chained", "lora"), ("scratch", "lora")],
-)
-def test_a_run_starts_where_the_other_ended(tmp_path, trained, source, tuning):
-    """Its first evaluation is the other's last, under another seed; new adapters add nothing."""
-    before = getattr(trained, source)
-    typed = ["--init_from", str(last(before)), "--seed", "0"]
-    run_folder = start(tmp_path, *typed, **STILL, tuning=tuning)
+@pytest.mark.parametrize("source", ["full", "lora", "chained", "scratch"])
+def test_a_run_starts_where_the_other_ended(tmp_path, trained, source):
+    """Its first evaluation is the other's last; the examples are drawn by the seed, so it is the other's."""
+    before, seed = getattr(trained, source), 5 if source == "scratch" else 0
+    typed = ["--init_from", str(last(before)), "--seed", str(seed)]
+    run_folder = start(tmp_path, *typed, **STILL, tuning="full" if source == "full" else "lora")
+    assert same_bits(state(run_folder, 1), state(before, 2))
     assert evaluated(run_folder) == nearly(evaluated(before), rel=1e-6)
-    if tuning == "full" or source != "full":
-        assert same_bits(state(run_folder, 1), state(before, 2))
     ends = [evaluated(getattr(trained, name)) for name in ("full", "lora", "chained", "scratch")]
     assert all(one != other for i, one in enumerate(ends) for other in ends[:i])
+
+
+def test_new_adapters_add_nothing_to_a_full_model(tmp_path, trained):
+    """At the whole level; the smaller one's tower is frozen now, and so no longer cut."""
+    run_folder = start(tmp_path, "--init_from", str(last(trained.full)), **STILL, **LORA)
+    got, expected = (evaluated(run)["levels"]["2"] for run in (run_folder, trained.full))
+    assert got == nearly(expected, rel=1e-6)
+
+
+def test_adapters_go_on_upon_the_base_they_were_trained_on(tmp_path, trained):
+    """Which is drawn by the earlier run's seed, whatever this run's is."""
+    own = federation(tmp_path, **LORA, seed=5)
+    fed = federation(tmp_path, **LORA, seed=0, init_from=str(last(trained.scratch)))
+    assert same_bits(fed.store.base, own.store.base)
+    assert same_bits(fed.initial_state, state(trained.scratch, 2))
 
 
 def test_training_goes_on_from_there(tmp_path, trained):
@@ -82,17 +93,18 @@ def refused(folder, capsys, *typed, **options):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("typed", "words"),
     [
-        ({"tuning": "full"}, "--tuning lora"),
-        ({**LORA, "lora_r": 8}, "--lora_r 4"),
-        ({**LORA, "lora_alpha": 3.0}, "--lora_alpha 16.0"),
-        ({**LORA, "lora_targets": ["k_proj"]}, "--lora_targets"),
+        ("--tuning full", "--tuning lora"),
+        ("--lora_r 8", "--lora_r 4."),
+        ("--lora_alpha 3", "--lora_alpha 16.0."),
+        ("--lora_targets k_proj", "--lora_targets"),
     ],
     ids=["tuning", "rank", "alpha", "targets"],
 )
-def test_trained_parts_fit_no_other_options(tmp_path, capsys, trained, options, words):
-    line = refused(tmp_path, capsys, "--init_from", str(last(trained.lora)), **options)
+def test_trained_parts_fit_no_other_options(tmp_path, capsys, trained, typed, words):
+    typed = f"--tuning lora --init_from {last(trained.lora)} {typed}".split()
+    line = refused(tmp_path, capsys, *typed)
     assert line.startswith(
         f"scalefl: --init_from {last(trained.lora)}: holds only the trained part of a model"
     )

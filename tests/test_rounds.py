@@ -263,6 +263,6 @@ def test_a_run_is_not_written_over(tmp_path, capsys):
     forget_launch()
     assert main(arguments(tmp_path)) == 2
     assert capsys.readouterr().err == (
-        f"scalefl: --save_path {run_folder}: holds a run already (round 2 done); "
+        f"scalefl: --save_path {run_folder}: holds a run already (round-0002); "
         "expected --resume to go on with it, or another --save_path.\n"
     )

@@ -12,11 +12,12 @@ from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import save_config, to_dict
 from scalefl.console import Display
-from scalefl.contracts import InputError, State
+from scalefl.contracts import InputError
 from scalefl.data.partition import describe
 from scalefl.federation.records import RunFolder
 from scalefl.federation.rounds import evaluate_levels, run_rounds
 from scalefl.federation.setup import Federation, build
+from scalefl.federation.start import check_same_parameters
 from scalefl.federation.stop import StopSignal
 from scalefl.models.cost import level_cost
 from scalefl.report import levels_by_exits
@@ -35,7 +36,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     if progress is None:
         progress = Progress(state=federation.initial_state)
     else:
-        _check_same_parameters(progress, federation.initial_state, run.resume or "")
+        check_same_parameters(progress.state, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     results = folder.read_results()
     if results is not None and results["rounds"] == progress.round >= run.num_rounds:
@@ -61,7 +62,7 @@ def evaluate(run: RunConfig, model_file: ModelFile) -> None:
     assert run.evaluate_from is not None
     progress = checkpoint.load(Path(run.evaluate_from))
     federation = build(run, model_file, processor_from=run.evaluate_from)
-    _check_same_parameters(progress, federation.initial_state, run.evaluate_from)
+    check_same_parameters(progress.state, federation.initial_state, run.evaluate_from)
     display = Display(speaks=federation.engine.is_main, print_freq=run.print_freq)
     for split in ("val", "test"):
         evaluation = evaluate_levels(federation, split, progress.state, lambda: None)
@@ -87,17 +88,6 @@ def _earlier_checkpoint(run: RunConfig) -> Path | None:
             "expected --resume to go on with it, or another --save_path."
         )
     return path
-
-
-def _check_same_parameters(progress: Progress, initial: State, source: str) -> None:
-    """A checkpoint of another architecture is refused by the first parameter that differs."""
-    for name in sorted(progress.state.keys() | initial.keys()):
-        got, expected = (tuple(s[name].shape) if name in s else "nothing" for s in (progress.state, initial))
-        if got != expected:
-            raise InputError(
-                f"{source}: checkpoint of another architecture: {name} has shape {got}, this run's model "
-                f"expects {expected}; use the --cfg-path, --tuning and --lora_r it was trained with."
-            )
 
 
 def _final_results(

@@ -73,5 +73,18 @@ def _from_part(
             f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
         )
     base_run = dataclasses.replace(run, init_from=earlier.init_from, seed=earlier.seed)
-    processor, store, _ = start_from(base_run, earlier_file, family, [], str(source), device)
-    return processor, store, dict(checkpoint.load(source).state)
+    processor, store, initial = start_from(base_run, earlier_file, family, [], str(source), device)
+    state = dict(checkpoint.load(source).state)
+    check_same_parameters(state, initial, str(source))
+    return processor, store, state
+
+
+def check_same_parameters(state: State, initial: State, source: str) -> None:
+    """A checkpoint of another architecture is refused by the first parameter that differs."""
+    for name in sorted(state.keys() | initial.keys()):
+        got, expected = (tuple(s[name].shape) if name in s else "nothing" for s in (state, initial))
+        if got != expected:
+            raise InputError(
+                f"{source}: checkpoint of another architecture: {name} has shape {got}, this run's model "
+                f"expects {expected}; use the --cfg-path, --tuning and --lora_r it was trained with."
+            )

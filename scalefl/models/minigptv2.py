@@ -35,7 +35,7 @@ from transformers.utils import ModelOutput
 from scalefl.config.modelfile import ModelFile
 from scalefl.contracts import Axis, InputError, LevelSpec
 from scalefl.models.exits import hidden_at_exits, logits_at, new_cache
-from scalefl.models.family import ModelFamily
+from scalefl.models.family import ModelFamily, quiet_transformers
 from scalefl.models.prompts import IMAGE_PLACEHOLDER, IMAGE_SLOT, MiniGPTv2Processor, train_tokenizer
 
 PATCHES_PER_TOKEN = 4
@@ -352,9 +352,10 @@ class MiniGPTv2Family:
 
         Raises InputError where weights are missing or unknown: transformers would make up the missing ones.
         """
-        loaded: Any = MiniGPTv2ForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
+        with quiet_transformers():  # it reports what does not fit in a table; we do in one line
+            loaded: Any = MiniGPTv2ForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         model, info = loaded
         problems = [f"{kind}: {min(map(str, names))}" for kind, names in info.items() if names]
         if problems:
