@@ -334,7 +334,10 @@ def test_a_section_of_sizes_is_complete():
         ({"use_valid": "2"}, "--use_valid: got '2'; expected true, false, 1 or 0."),
         ({"save_path": 5}, "--save_path: got 5; expected a text; put it in quotes."),
         ({"data_root": ""}, "--data_root: got an empty text; expected a value, or leave the option out."),
-        ({"answers": ["yes", "yes"]}, "--answers: got 'yes', 'yes'; expected texts that differ."),
+        (
+            {"answers": ["yes", "yes"]},
+            "--answers: got 'yes', 'yes'; expected texts that differ, without blanks around them.",
+        ),
         (
             {"batch_size": "5", "micro_batch_size": "2"},
             "--batch_size: got 5, which --micro_batch_size 2 does not divide; expected a multiple of it.",

@@ -40,23 +40,25 @@ def assert_same_run(run_folder, expected, rounds=3):
 @pytest.mark.slow
 def test_killed_at_five_random_moments(tmp_path_factory):
     """kill -9, five times within one run: while it reads, trains, merges, evaluates or writes."""
-    options = {**MANY_SAVES, "num_rounds": 12}
+    options = {**MANY_SAVES, "num_rounds": 30}
+    started = time.monotonic()
     expected = start(tmp_path_factory.mktemp("expected"), **options)
+    longest = (time.monotonic() - started) / 8  # five of these do not reach the end, however fast the machine
     folder = tmp_path_factory.mktemp("killed")
     command = ["scalefl", *arguments(folder, **options)]
     moments, killed_in = random.Random(7), set()
     for _ in range(5):
         with Job(folder, command) as job:
             job.wait_for("client  ")
-            time.sleep(moments.uniform(0.0, 2.5))
+            time.sleep(moments.uniform(0.1, 1.0) * longest)
             assert job.process.poll() is None, "the run is over already: train longer"
             os.kill(job.process.pid, signal.SIGKILL)
         if (folder / "run" / "checkpoints").is_dir():
             killed_in.add(checkpoint.load_latest(folder / "run" / "checkpoints").folder_name)
             command = ["scalefl", "train", "--resume", str(folder / "run")]
-    assert len(killed_in) >= 3, "moments that come to the same test little"
+    assert len(killed_in) >= 2, "moments that come to the same test little"
     assert resume(folder / "run") == 0
-    assert_same_run(folder / "run", expected, rounds=12)
+    assert_same_run(folder / "run", expected, rounds=30)
 
 
 def stop_at_step(monkeypatch, number, step):
