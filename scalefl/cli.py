@@ -27,6 +27,7 @@ NEXT_STEPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 128 + signal for a stop."""
+    save_path = ""
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
         from scalefl.federation.run import train
 
+        save_path = run.save_path
         train(run, model_file)
     except InputError as error:
         return _refuse(str(error))
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{place}{error.strerror}; {NEXT_STEPS[error.errno]}")
     except Interrupted as stop:
         if _speaks():
-            print(f"scalefl: {stop}; go on with --resume.", file=sys.stderr)
+            print(f"scalefl: {stop}; go on with `scalefl train --resume {save_path}`.", file=sys.stderr)
         return EXIT_SIGNAL + stop.signum
     except KeyboardInterrupt:
         return EXIT_CTRL_C

@@ -21,7 +21,13 @@ def levels_by_exits(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
             name = "whole model" if int(level) == WHOLE else f"level {level}"
             cells = [_cell(values[metric.replace(" ", "_")]) for metric in metrics]
             rows.append([name, str(number), *cells, str(values["count"])])
-    return ["level", "exit", *metrics, "examples"], rows
+    columns = ["level", "exit", *metrics, "examples"]
+    unparsable = [values["unparsable"] for exits in evaluation.values() for values in exits]
+    if any(unparsable):  # generated text outside the answer set, counted as wrong
+        return [*columns, "unparsable"], [
+            [*row, str(count)] for row, count in zip(rows, unparsable, strict=True)
+        ]
+    return columns, rows
 
 
 def summary(evaluation: Evaluation) -> str:

@@ -301,9 +301,9 @@ ROWS = (
     ),
     Row(
         tried="a start from a folder without a model",
-        typed="--init_from .",
+        typed="--init_from nothing",
         lines=(
-            "--init_from .: no model there; expected a folder with config.json and "
+            "--init_from nothing: no model there; expected a folder with config.json and "
             "model.safetensors or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
         ),
     ),

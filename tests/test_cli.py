@@ -157,8 +157,16 @@ def test_a_good_run_starts_and_exits_with_0(training):
             2,
             "scalefl: runs/x: Permission denied; mend the permissions, or give another --save_path.",
         ),
-        (Interrupted(signal.SIGTERM), 143, "scalefl: stopped by signal 15; go on with --resume."),
-        (Interrupted(signal.SIGINT), 130, "scalefl: stopped by signal 2; go on with --resume."),
+        (
+            Interrupted(signal.SIGTERM),
+            143,
+            "scalefl: stopped by signal 15; go on with `scalefl train --resume runs/scalefl`.",
+        ),
+        (
+            Interrupted(signal.SIGINT),
+            130,
+            "scalefl: stopped by signal 2; go on with `scalefl train --resume runs/scalefl`.",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

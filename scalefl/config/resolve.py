@@ -3,6 +3,7 @@
 A run that is resumed or evaluated starts from its own saved config in place of the first three.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from scalefl.config.saved import CONFIG_FILE, changed_on_resume, load_config, to
 from scalefl.config.values import Given, OptionsRead, read_options
 from scalefl.config.yamlfile import read_yaml
 from scalefl.contracts import InputError
+
+log = logging.getLogger("scalefl")
 
 RESUME_SAVE_PATH = "in --save_path"
 """`--resume` without a folder: the run in `--save_path`, or a new one where there is none yet."""
@@ -50,6 +53,8 @@ def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[R
     if "save_path" not in explicit and "resume" in layers and layers["resume"].value:
         layers["save_path"] = layers["resume"]  # the folder may have been moved since the run began
     run = RunConfig(**{name: given.value for name, given in layers.items()})
+    if run.init_from is not None:  # a resume may come from another working directory
+        run = replace(run, init_from=str(Path(run.init_from).absolute()))
     if run.freeze_vit is None:
         run = replace(run, freeze_vit=run.tuning == "lora")
 
@@ -68,6 +73,8 @@ def _settle_resume(explicit: dict[str, Given]) -> None:
     if "resume" in explicit and explicit["resume"].value == RESUME_SAVE_PATH:
         folder = explicit["save_path"].value if "save_path" in explicit else RunConfig.save_path
         value = folder if Path(folder, CONFIG_FILE).is_file() else None
+        if value is None:
+            log.info("--resume: no run in %s yet; starting one", folder)
         explicit["resume"] = Given(value=value, where="--resume")
 
 

@@ -17,9 +17,12 @@ CONFIG_FILE = "run.json"
 """Not config.json, which is the model's own in a folder of weights."""
 
 FREE_ON_RESUME = frozenset(
-    {"num_rounds", "data_root", "workers", "evaluate_from", *(f.name for f in dataclasses.fields(RunOptions))}
+    {
+        *("num_rounds", "data_root", "annotations", "init_from", "workers", "evaluate_from"),
+        *(f.name for f in dataclasses.fields(RunOptions)),
+    }
 )
-"""Options that change no result, or only how far a run goes."""
+"""Options that change no result, or only how far a run goes; paths, since files may have moved."""
 
 
 def to_dict(config: RunConfig | ModelFile) -> dict[str, Any]:

@@ -61,9 +61,13 @@ class Federation:
         return self.run.logit_adjustment == "on"
 
     def write_config(self, folder: Path) -> None:
-        """The run's config, the model's and the processor, which make a folder of weights loadable."""
+        """The run's config and the processor; the model's too where the weights are all there.
+
+        Without it transformers refuses a folder that lacks the frozen base, whose weights it would make up.
+        """
         save_config(folder, self.run, self.model_file)
-        self.store.config.save_pretrained(folder)
+        if not self.store.base:
+            self.store.config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from scalefl.contracts import InputError, State
 from scalefl.models.build import build_global, new_model
 from scalefl.models.family import ModelFamily
 from scalefl.models.store import ResidentStore
+
+log = logging.getLogger("scalefl")
 
 SAME_PART = ("tuning", "freeze_vit", "lora_r", "lora_alpha", "lora_targets", "ee_locs")
 """Options that decide what the trained part of a model is; it can go on only under the same ones."""
@@ -37,6 +40,8 @@ def start_from(
         processor = (
             family.load_processor(processor_from) if processor_from else family.processor(model_file, texts)
         )
+        if run.tuning == "lora":
+            log.warning("--tuning lora without --init_from: adapters on a base of random weights")
         model = new_model(run, family, family.config(model_file, processor))
         store, state = build_global(run, family, model, from_scratch=True, device=device)
         return processor, store, state

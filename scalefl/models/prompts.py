@@ -122,10 +122,17 @@ class MiniGPTv2Processor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Left-padded prompts ready for `generate`, and normalised pixels."""
+        """Left-padded prompts ready for `generate`, and normalised pixels.
+
+        A text is a whole prompt with `<ImageHere>` in it, or, beside an image, the bare question.
+        """
         features: dict[str, Tensor] = {}
         if text is not None:
-            rows = [self.encode_text(t) for t in ([text] if isinstance(text, str) else text)]
+            texts = [text] if isinstance(text, str) else text
+            rows = [
+                self.encode_text(t) if images is None or IMAGE_PLACEHOLDER in t else self.encode_question(t)
+                for t in texts
+            ]
             features = pad_rows(rows, self.tokenizer.pad_token_id, left=True)
         if images is not None:
             batch = [images] if isinstance(images, Image) else list(images)
