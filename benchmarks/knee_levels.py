@@ -68,14 +68,15 @@ def table(name: str, folders: list[Path]) -> str:
     for level, exits in results[0].items():
         for exit in range(len(exits)):
             cells = [
-                _spread([r[level][exit][key] or 0.0 for r in results])
-                for key in ("balanced_accuracy", "kappa")
+                _spread([r[level][exit][key] for r in results]) for key in ("balanced_accuracy", "kappa")
             ]
             lines.append(f"| {level} | {exit + 1} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float | None]) -> str:
+    if None in values:  # an undefined kappa has no place in a mean
+        return "-"
     return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

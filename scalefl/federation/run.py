@@ -48,10 +48,12 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     engine.start_trackers(to_dict(run))
     gc.collect()
     gc.freeze()  # what lives as long as the run need not be searched each time an engine is torn down
-    with StopSignal(engine) as stop:
-        progress = run_rounds(federation, progress, folder, display, stop)
-        results = _final_results(federation, folder, progress, stop)
-    gc.unfreeze()
+    try:
+        with StopSignal(engine) as stop:
+            progress = run_rounds(federation, progress, folder, display, stop)
+            results = _final_results(federation, folder, progress, stop)
+    finally:
+        gc.unfreeze()
     folder.write_results(results)
     _print_results(display, folder, results)
     engine.finish()
