@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import multiclass_cohen_kappa, multi
 from scalefl.batches import Batcher, Candidates
 from scalefl.config.options import RunConfig
 from scalefl.contracts import State
-from scalefl.engine import Engine
+from scalefl.engine.launch import Engine
 from scalefl.models.store import ResidentStore
 
 UNPARSABLE = -1

@@ -252,8 +252,8 @@ ROWS = (
         typed="",
         prepare=model_with("model", low_resource=True),
         lines=(
-            "model.yaml: train.tuning: full cannot train the 8-bit weights that model.yaml asks "
-            "for with low_resource: true; set it to false."
+            "model.yaml: train.quantization: got int8, but --tuning full trains those weights; "
+            "expected none, or --tuning lora."
         ),
     ),
     Row(

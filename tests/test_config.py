@@ -427,9 +427,10 @@ def test_a_problem_that_comes_from_the_preset_names_it(write):
     )
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_quantised_bases_are_refused(write, tuning):
-    (line,) = problems(
-        {"tuning": tuning, "cfg_path": write("model: {low_resource: true, vit_precision: fp32}")}
-    )
-    assert line.startswith("--tuning: ") and "low_resource" in line
+def test_low_resource_means_8_bits(write):
+    low = "model: {low_resource: true, vit_precision: fp32}"
+    assert resolve({"tuning": "lora", "cfg_path": write(low)})[0].quantization == "int8"
+    chosen = {"tuning": "lora", "cfg_path": write(low), "quantization": "nf4"}
+    assert resolve(chosen)[0].quantization == "nf4"
+    (line,) = problems({"tuning": "full", "cfg_path": write(low)})
+    assert "train.quantization: got int8, but --tuning full trains those weights" in line

@@ -10,7 +10,7 @@ from runs import federation, forget_launch, start, tree
 from safetensors.torch import load_file
 
 from scalefl.cli import main
-from scalefl.engine import Engine
+from scalefl.engine.launch import Engine
 from scalefl.evaluate import Evaluator
 from scalefl.federation import run as command
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2Processor

@@ -65,6 +65,8 @@ RANGES = {
     "lr_milestones": COUNT,
     "ee_locs": COUNT,
     "horizontal_scale_ratios": COUNT,
+    "client_levels": COUNT,
+    "checkpointing_levels": COUNT,
     "workers": NOT_NEGATIVE,
     "seed": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
@@ -123,6 +125,17 @@ def _levels(run: RunConfig) -> Iterator[Finding]:
     total = math.fsum(run.client_split_ratios)
     if run.client_split_ratios and abs(total - 1) > 1e-6:
         yield ("client_split_ratios",), f"the shares sum to {total:g}; expected 1."
+    for name in ("client_levels", "checkpointing_levels"):
+        if max(getattr(run, name), default=1) > lengths[0]:
+            yield (
+                (name, "vertical_scale_ratios"),
+                f"got level {max(getattr(run, name))}; there are levels 1 to {lengths[0]}.",
+            )
+    if run.client_levels and len(run.client_levels) != run.num_clients:
+        yield (
+            ("client_levels", "num_clients"),
+            f"got {len(run.client_levels)} levels for {run.num_clients} clients; expected one for each.",
+        )
     if any(later <= earlier for earlier, later in pairwise(run.ee_locs)):
         text = f"exits out of order: {_spaced(run.ee_locs)}; expected each layer once, rising, such as "
         yield ("ee_locs",), text + f"{_spaced(sorted(set(run.ee_locs)))}."
@@ -136,8 +149,16 @@ def _levels(run: RunConfig) -> Iterator[Finding]:
 
 
 def _training(run: RunConfig) -> Iterator[Finding]:
-    if run.momentum and run.optimizer == "adamw":
-        yield ("momentum", "optimizer"), "adamw has no momentum; leave it out, or choose --optimizer sgd."
+    if run.momentum and run.optimizer != "sgd":
+        yield (
+            ("momentum", "optimizer"),
+            f"{run.optimizer} has no momentum; leave it out, or choose --optimizer sgd.",
+        )
+    if run.checkpointing_levels and not run.gradient_checkpointing:
+        yield (
+            ("checkpointing_levels", "gradient_checkpointing"),
+            "limits --gradient_checkpointing, which is off; add it, or leave this out.",
+        )
     if run.balanced_sampling and run.logit_adjustment == "on":
         yield (
             ("logit_adjustment", "balanced_sampling"),
@@ -174,17 +195,27 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
         )
     if run.tuning == "lora" and not run.lora_targets:
         yield ("lora_targets", "tuning"), "empty; --tuning lora needs at least one, such as q_proj."
-    if run.tuning == "full" and model_file.low_resource:
+    if run.tuning == "full" and run.quantization != "none":
         yield (
-            ("tuning",),
-            f"full cannot train the 8-bit weights that {model_file.name} asks for with low_resource: true; "
-            "set it to false.",
+            ("quantization", "tuning"),
+            f"got {run.quantization}, but --tuning full trains those weights; "
+            "expected none, or --tuning lora.",
         )
-    if run.tuning == "lora" and model_file.low_resource:
+    if run.quantization == "nf4" and run.width_axes == "all":
         yield (
-            ("tuning",),
-            f"{model_file.name} asks for 8-bit weights (low_resource: true), which are not built yet; "
-            "set it to false.",
+            ("quantization", "width_axes"),
+            "nf4 packs 64 neighbours of the embedding together, which --width_axes all would cut; "
+            "expected int8 or none, or --width_axes inner.",
+        )
+    if run.feature_cache in ("memory", "file") and run.freeze_vit is False:
+        yield (
+            ("feature_cache", "freeze_vit"),
+            f"got {run.feature_cache}, but the vision tower is trained; expected off, or --freeze_vit.",
+        )
+    if run.feature_cache in ("memory", "file") and run.augment:
+        yield (
+            ("feature_cache", "augment"),
+            f"got {run.feature_cache}, but --augment changes the pixels at every step; drop one.",
         )
     if run.tuning == "full" and not run.freeze_vit and model_file.vit_precision == "fp16":
         yield (

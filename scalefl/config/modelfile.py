@@ -202,6 +202,8 @@ class _Reader:
                 option = OPTIONS_IN_MODEL[key]
                 options[option] = self.value(value, OPTION_KINDS[option], f"model.{key}")
             elif key in MODEL_KINDS:
+                if key == "low_resource" and value is True:  # upstream loads the language model in 8 bits
+                    options["quantization"] = "int8"
                 if key in ("llama_model", "vit_model", "ckpt") and value == "":  # upstream's way to say none
                     value = None
                 values[key] = self.value(value, MODEL_KINDS[key], f"model.{key}")

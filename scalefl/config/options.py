@@ -59,8 +59,24 @@ class ModelOptions:
     """Keep the vision tower frozen. Unset: frozen under lora, trained under full."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of compute. Trainable weights stay fp32."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Hold the frozen linear layers of the language model's blocks in 4 bits (nf4) or 8 bits (int8)."""
+    double_quant: bool = True
+    """Hold the scales of nf4 in 8 bits as well."""
+    quant_compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision that quantised weights are unpacked to and multiplied in. Auto: that of --precision."""
+    base_store: Literal["auto", "resident", "file"] = "auto"
+    """Hold the frozen base on the device, or read each level's slice from disk. Auto: file under ZeRO-3."""
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel of the language model in training; sdpa is PyTorch's own, and picks the fastest."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    checkpointing_levels: tuple[int, ...] = ()
+    """Levels to which gradient_checkpointing is limited; none: every level."""
+    feature_cache: Literal["auto", "off", "memory", "file"] = "auto"
+    """Run a frozen vision tower once per image and keep what it says. Auto: in memory, unless augmenting."""
+    feature_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of cached features. Auto: the precision that the tower computes in."""
     lora_r: int = 64
     """Rank of the adapters."""
     lora_alpha: float = 16.0
@@ -81,6 +97,8 @@ class LevelOptions:
     """Depth of each level, as a number of exits."""
     client_split_ratios: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
     """Share of the clients at each level; the shares sum to 1."""
+    client_levels: tuple[int, ...] = ()
+    """Level of every client, in place of client_split_ratios; `scalefl plan --client_budgets` writes it."""
     ee_locs: tuple[int, ...] = (8, 16, 24)
     """Layers after which an early exit sits. The last layer is always an exit."""
     width_axes: Literal["inner", "all"] = "inner"
@@ -111,8 +129,10 @@ class FederationOptions:
     """Examples per optimizer step of one client, over all processes that train it."""
     micro_batch_size: int | None = None
     """Examples per forward pass of one process. Unset: as many as batch_size gives it."""
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    """Local optimizer. Giving momentum alone means sgd."""
+    length_bucketing: bool = False
+    """Batch examples of similar length together, so that less is padding."""
+    optimizer: Literal["sgd", "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    """Local optimizer; the last three are those of bitsandbytes. Giving momentum alone means sgd."""
     lr: float = 5e-4
     """Learning rate."""
     momentum: float = 0.0
@@ -179,6 +199,8 @@ class RunOptions:
     """Folder for checkpoints, metrics and the resolved config."""
     resume: str | None = None
     """Continue the run in this folder, under the options it was started with."""
+    feature_folder: str | None = None
+    """Folder of --feature_cache file, which runs may share. Unset: features/ in save_path."""
     keep_last: int = 2
     """Checkpoints to keep besides the best."""
     save_every_seconds: float = 60.0

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from scalefl.batches import Batch, Batcher, Ids, draw_shifts, step_order
 from scalefl.config.options import RunConfig
 from scalefl.contracts import ClientTask, ClientUpdate, InputError
-from scalefl.engine import Engine, Session
+from scalefl.engine.launch import Engine
+from scalefl.engine.session import Session
 from scalefl.objective import answer_prior_adjustment, exit_losses
 from scalefl.seeding import derive, numpy_rng
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scalefl.contracts import ClientTask, ClientUpdate, State
-from scalefl.engine import Session
+from scalefl.engine.session import Session
 from scalefl.federation.client import ClientTrainer
 from scalefl.models.store import ResidentStore
 
@@ -30,9 +30,10 @@ class Sequential:
         for level in dict.fromkeys(task.level for task in ordered):
             sent = self._store.level_state(level, global_state)
             model: Any = self._store.submodel(level, global_state, own=True)
-            if self._trainer.run.gradient_checkpointing:
+            run = self._trainer.run
+            if run.gradient_checkpointing and level in (run.checkpointing_levels or (level,)):
                 model.activation_checkpointing_enable()
-            session = engine.session(model, self._trainer.run)
+            session = engine.session(model, run)
             try:
                 for task in ordered:
                     if task.level == level:

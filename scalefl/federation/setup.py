@@ -13,7 +13,7 @@ from scalefl.config.saved import save_config
 from scalefl.contracts import SPLITS, DataSplits, InputError, State
 from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
-from scalefl.engine import Engine
+from scalefl.engine.launch import Engine
 from scalefl.evaluate import Evaluator
 from scalefl.federation.client import micro_batch_size
 from scalefl.federation.start import start_from
@@ -99,7 +99,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
             min_patients=run.min_patients,
             seed=run.seed,
         )
-    client_levels = assign_levels(run.num_clients, run.client_split_ratios, run.seed)
+    client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)
     batchers = {
         split: Batcher(
             processor,

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from scalefl.contracts import Interrupted
-from scalefl.engine import Engine
+from scalefl.engine.launch import Engine
 
 
 class StopSignal:
