@@ -18,7 +18,7 @@ from scalefl.batches import Batcher, Candidates
 from scalefl.config.options import RunConfig
 from scalefl.contracts import State
 from scalefl.engine.launch import Engine
-from scalefl.models.store import ResidentStore
+from scalefl.models.store import Store
 
 UNPARSABLE = -1
 
@@ -50,7 +50,7 @@ class Evaluator:
         *,
         run: RunConfig,
         engine: Engine,
-        store: ResidentStore,
+        store: Store,
         batcher: Batcher,
         answers: tuple[str, ...] | None,
         processor: Any,
@@ -84,7 +84,7 @@ class Evaluator:
                 if part:
                     rows += self._open(model, part) if self._answers is None else self._closed(model, part)
         rows = self._engine.gather(rows)
-        num_exits = self._store.slices[level].spec.depth
+        num_exits = self._store.models.slices[level].spec.depth
         return [
             asdict(self._summary(ids, [(p[e], n[e], t[e]) for p, n, t in rows])) for e in range(num_exits)
         ]

@@ -49,6 +49,7 @@ def model_file(*, kv_heads: int = 4, vocab_size: int = 280) -> ModelFile:
     return ModelFile(
         name="tests",
         image_size=28,
+        vit_precision="fp32",
         end_sym="</s>",
         vision=vision,
         text=text | {"max_position_embeddings": 256},
@@ -76,7 +77,14 @@ def build_store(
         options.setdefault("freeze_vit", True)
     run = replace(RUN, **options)
     model = new_model(run, FAMILY, FAMILY.config(model_file(kv_heads=kv_heads), processor()))
-    store, state = build_global(run, FAMILY, model, from_scratch=from_scratch, device=torch.device("cpu"))
+    store, state = build_global(
+        run,
+        FAMILY,
+        model.config,
+        dict(model.named_parameters()),
+        from_scratch=from_scratch,
+        device=torch.device("cpu"),
+    )
     if random_weights:
         randomise({**store.base, **state})
     return Built(run=run, store=store, state=state)

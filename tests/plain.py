@@ -14,7 +14,7 @@ from scalefl.batches import Batcher, step_order
 from scalefl.config.options import RunConfig
 from scalefl.contracts import ClientTask, State
 from scalefl.federation.client import ClientTrainer
-from scalefl.models.store import ResidentStore
+from scalefl.models.store import Store
 from scalefl.objective import UNSEEN
 from scalefl.seeding import numpy_rng
 
@@ -111,7 +111,7 @@ def batches(run: RunConfig, batcher: Batcher, task: ClientTask) -> list[np.ndarr
     )
 
 
-def plain_round(store: ResidentStore, before: State, run: RunConfig, batcher: Batcher, tasks: Any) -> State:
+def plain_round(store: Store, before: State, run: RunConfig, batcher: Batcher, tasks: Any) -> State:
     """Deep copies of the sub-model for all clients, then the weighted mean of values at every coordinate."""
     total = {name: np.zeros(tensor.shape) for name, tensor in before.items()}
     weight = {name: np.zeros(tensor.shape) for name, tensor in before.items()}
@@ -120,8 +120,8 @@ def plain_round(store: ResidentStore, before: State, run: RunConfig, batcher: Ba
         counts = len(task.example_ids) if run.weighting == "examples" else 1
         trained = plain_client(models[task.client], run, batcher, task)
         for name, tensor in trained.items():
-            where = place(name, tensor.shape, before, store.slices[task.level].spec.depth)
-            target = global_name(name, before, store.slices[task.level].spec.depth)
+            where = place(name, tensor.shape, before, store.models.slices[task.level].spec.depth)
+            target = global_name(name, before, store.models.slices[task.level].spec.depth)
             total[target][where] += counts * tensor.double().numpy()
             weight[target][where] += counts
     merged = {}
@@ -164,7 +164,7 @@ class OneClient:
             engine=self.engine,
             batcher=self.batcher,
             answer_ids=self.answers,
-            vocab_size=self.fed.store.vocab_size,
+            vocab_size=self.fed.store.models.vocab_size,
             check_stop=lambda: None,
             on_step=lambda *_: None,
         )
@@ -181,7 +181,7 @@ class OneClient:
 
     def train(self, *tasks: ClientTask, lr: float | None = None) -> State:
         """The last task's change, after the others on the same session."""
-        session, sent = self.session(), self.fed.store.level_state(LEVEL, self.state)
+        session, sent = self.session(), self.fed.store.models.level_state(LEVEL, self.state)
         rate = self.run.lr if lr is None else lr
         updates = [self.trainer.train(session, task, sent, rate) for task in tasks]
         session.close()
@@ -189,6 +189,6 @@ class OneClient:
 
     def plain(self, task: ClientTask) -> State:
         model = self.fed.store.submodel(LEVEL, self.state, own=True)
-        sent = self.fed.store.level_state(LEVEL, self.state)
+        sent = self.fed.store.models.level_state(LEVEL, self.state)
         trained = plain_client(model, self.run, self.batcher, task, self.answers)
         return {name: tensor - sent[name] for name, tensor in trained.items()}

@@ -64,7 +64,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_masters(tmp_path, tuning):
     rounded = client.train(client.task())
     assert {tensor.dtype for tensor in rounded.values()} == {torch.float32}
     # A change smaller than bf16 can hold beside the weight (2^-9 of it) arrives all the same.
-    sent = client.fed.store.level_state(LEVEL, client.state)
+    sent = client.fed.store.models.level_state(LEVEL, client.state)
     small = [(rounded[n] != 0) & (rounded[n].abs() < sent[n].abs() * 2**-9) for n in rounded]
     assert any(bool(s.any()) for s in small)
     # bf16 rounds each of a dozen operations by up to 2^-9: some hundredths of the change as a whole.

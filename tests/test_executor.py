@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from scalefl.aggregation.coverage_mean import CoverageMean
 from scalefl.federation.rounds import sample_cohort
 from scalefl.federation.sequential import Sequential
-from scalefl.models.store import ResidentStore
+from scalefl.models.store import Store
 
 SUM_ORDER = 2e-6
 """fp32 sums of some hundred terms of size 1 in another order, 100 x 2^-24, in a few steps of rate 0.05."""
@@ -45,14 +45,14 @@ def test_checkpointed_activations_give_the_same_updates(tmp_path, monkeypatch, t
 def test_a_submodel_is_built_once_per_level_and_round(tmp_path, monkeypatch, tuning):
     """6 clients of 2 levels, 3 rounds."""
     built = []
-    submodel = ResidentStore.submodel
+    submodel = Store.submodel
 
     def count(self, level, state, *, own):
         if own:
             built.append(level)
         return submodel(self, level, state, own=own)
 
-    monkeypatch.setattr(ResidentStore, "submodel", count)
+    monkeypatch.setattr(Store, "submodel", count)
     run_folder = start(tmp_path, num_clients=6, num_rounds=3, tuning=tuning)
     assert built == [1, 2] * 3
     assert [len(record["clients"]) for record in records(run_folder)] == [6] * 3

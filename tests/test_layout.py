@@ -44,10 +44,10 @@ def test_every_parameter_has_one_layout_of_its_own_shape(
     )
     store, spec = built.store, LoraSpec(rank=4, alpha=8.0, dropout=0.0, targets=targets)
     tensors = {**store.base, **built.state}
-    table = FAMILY.layouts(store.config)
+    table = FAMILY.layouts(store.models.config)
     table = table if tuning == "full" else adapter_layouts(table, spec)
     layouts = match_layouts(tensors, table)
-    sizes = {name: axis.size for name, axis in FAMILY.axes(store.config, cut_vision=True).items()}
+    sizes = {name: axis.size for name, axis in FAMILY.axes(store.models.config, cut_vision=True).items()}
     assert set(layouts) == set(tensors)
     for name, tensor in tensors.items():
         shape = []

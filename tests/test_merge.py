@@ -53,7 +53,7 @@ def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def change(built: Built, level: int, seed: int, scale: float = 1.0) -> State:
     """Random changes from 1 to 2 in a level's shapes; scale 0 is a client that changed nothing."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = built.store.slices[level].trainable_shapes
+    shapes = built.store.models.slices[level].trainable_shapes
     return {name: scale * (1 + torch.rand(shape, generator=generator)) for name, shape in shapes.items()}
 
 
@@ -63,7 +63,7 @@ def update(built: Built, client: int, level: int, num_examples: int, scale: floa
 
 
 def merge(built: Built, updates: Sequence[ClientUpdate], weighting: str = "examples") -> State:
-    plans = {level: part.trainable_plan for level, part in built.store.slices.items()}
+    plans = {level: part.trainable_plan for level, part in built.store.models.slices.items()}
     aggregator = CoverageMean(built.state, plans, weighting)
     for one in updates:
         aggregator.add(one)
@@ -75,7 +75,7 @@ def held(built: Built, levels: Sequence[int]) -> State:
     counts = {name: torch.zeros_like(tensor) for name, tensor in built.state.items()}
     numbered = {name: torch.arange(t.numel()).view(t.shape) for name, t in built.state.items()}
     for level in levels:
-        plan = built.store.slices[level].trainable_plan
+        plan = built.store.models.slices[level].trainable_plan
         for name, numbers in cut(numbered, plan).items():
             counts[plan[name].global_name].view(-1)[numbers.reshape(-1)] += 1
     return counts
@@ -85,7 +85,7 @@ def held(built: Built, levels: Sequence[int]) -> State:
 @given(LEVELS)
 def test_cut_then_add_gives_the_global_model_back_where_it_is_held(levels: dict) -> None:
     built = federation(**levels)
-    for level, part in built.store.slices.items():
+    for level, part in built.store.models.slices.items():
         total = {name: torch.zeros_like(tensor) for name, tensor in built.state.items()}
         coverage = {name: torch.zeros_like(tensor) for name, tensor in built.state.items()}
         add_into(total, cut(built.state, part.trainable_plan), part.trainable_plan, 1.0)
@@ -147,7 +147,7 @@ def test_a_coordinate_is_the_mean_over_the_clients_that_hold_it(levels: dict, we
     numbered = {name: torch.arange(t.numel()).view(t.shape) for name, t in built.state.items()}
     for one in updates:
         weight = one.num_examples if weighting == "examples" else 1
-        plan = built.store.slices[one.level].trainable_plan
+        plan = built.store.models.slices[one.level].trainable_plan
         for name, at in cut(numbered, plan).items():
             target = plan[name].global_name
             total[target].view(-1)[at.reshape(-1)] += weight * one.delta[name].double().reshape(-1)
@@ -183,7 +183,7 @@ def test_examples_weigh() -> None:
 
 def test_memory_of_a_merge_does_not_grow_with_clients() -> None:
     built = build_store()
-    aggregator = CoverageMean(built.state, {1: built.store.slices[1].trainable_plan}, "examples")
+    aggregator = CoverageMean(built.state, {1: built.store.models.slices[1].trainable_plan}, "examples")
     before = [tensor.data_ptr() for part in aggregator.sums.values() for tensor in part.values()]
     for client in range(5):
         aggregator.add(update(built, client, 1, 2))

@@ -45,7 +45,9 @@ def test_a_level_that_was_saved_with_its_scales_can_be_started_from(tmp_path: Pa
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     expected = exit_logits(loaded)
     run = replace(RUN, ee_locs=(), vertical_scale_ratios=(1.0,), horizontal_scale_ratios=(1,))
-    store, state = build_global(run, FAMILY, loaded, from_scratch=False, device=torch.device("cpu"))
+    store, state = build_global(
+        run, FAMILY, loaded.config, dict(loaded.named_parameters()), device=torch.device("cpu")
+    )
     for mine, other in zip(exit_logits(store.submodel(0, state, own=False).eval()), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
@@ -80,7 +82,9 @@ def test_exits_of_a_loaded_model_stay_and_new_ones_start_from_the_final_norm(
     for i, layer in enumerate((*before, 3), start=1):
         model.exit_norm(i).weight.data.fill_(layer / 10)
     run = replace(RUN, ee_locs=after, horizontal_scale_ratios=(1, 1, 1))
-    store, state = build_global(run, FAMILY, model, from_scratch=False, device=torch.device("cpu"))
-    assert store.config.exit_layers == [*after, 3]
+    store, state = build_global(
+        run, FAMILY, config, dict(model.named_parameters()), device=torch.device("cpu")
+    )
+    assert store.models.config.exit_layers == [*after, 3]
     for i, value in enumerate(expected):
         assert bool((state[f"exit_norms.{i}.weight"] == torch.tensor(value)).all())

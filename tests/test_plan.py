@@ -100,7 +100,7 @@ def test_a_shape_that_its_layout_does_not_give_is_named() -> None:
 def test_only_the_vision_heads_and_the_projector_are_strided(tuning: str, width_axes: str) -> None:
     """Everything else is a prefix, so a sub-model costs views: under lora, and under inner, all of it."""
     store = build_store(tuning=tuning, width_axes=width_axes).store
-    part = store.slices[1]
+    part = store.models.slices[1]
     strided = {
         name.rpartition("layers.")[2].lstrip("01.")
         for name, entry in {**part.base_plan, **part.trainable_plan}.items()

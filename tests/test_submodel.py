@@ -42,8 +42,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_under_inner_a_submodel_is_the_global_model_with_the_rest_zeroed(options: dict[str, Any]) -> None:
     built = in_float64(build_store(**options))
-    for level in built.store.levels:
-        spec = built.store.slices[level].spec
+    for level in built.store.models.levels:
+        spec = built.store.models.slices[level].spec
         whole = whole_model(built, own=True)
         for parameter in whole.parameters():
             parameter.data = parameter.data.clone()
@@ -59,7 +59,7 @@ def test_under_inner_a_submodel_is_the_global_model_with_the_rest_zeroed(options
 @pytest.mark.parametrize("width_axes", ["inner", "all"])
 def test_a_whole_level_is_the_global_model(width_axes: str) -> None:
     built = build_store(width_axes=width_axes, width_scaler=True)
-    assert built.store.slices[3].config.input_scales in (None, {})
+    assert built.store.models.slices[3].config.input_scales in (None, {})
     for own in (
         False,
         True,
@@ -92,7 +92,7 @@ def storage(tensor: Tensor) -> int:
 @pytest.mark.parametrize("own", [True, False])
 def test_frozen_parameters_are_views_of_the_base(width_axes: str, own: bool) -> None:
     built = build_store(tuning="lora", width_axes=width_axes)
-    for level, part in built.store.slices.items():
+    for level, part in built.store.models.slices.items():
         parameters = dict(built.store.submodel(level, built.state, own=own).named_parameters())
         assert part.base_plan
         for name, entry in part.base_plan.items():
@@ -103,7 +103,7 @@ def test_frozen_parameters_are_views_of_the_base(width_axes: str, own: bool) -> 
 
 def test_evaluation_reads_the_state_in_place_and_training_owns_its_copies() -> None:
     built = build_store()
-    part = built.store.slices[1]
+    part = built.store.models.slices[1]
     views = dict(built.store.submodel(1, built.state, own=False).named_parameters())
     copies = dict(built.store.submodel(1, built.state, own=True).named_parameters())
     everything = {storage(tensor) for tensor in built.state.values()}
@@ -116,10 +116,10 @@ def test_evaluation_reads_the_state_in_place_and_training_owns_its_copies() -> N
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_gradients_are_asked_for_exactly_where_the_server_merges(tuning: str) -> None:
     built = build_store(tuning=tuning)
-    for level, part in built.store.slices.items():
+    for level, part in built.store.models.slices.items():
         model = built.store.submodel(level, built.state, own=True)
         assert {n for n, p in model.named_parameters() if p.requires_grad} == set(part.trainable_plan)
-        state = built.store.level_state(level, built.state)
+        state = built.store.models.level_state(level, built.state)
         assert {n: tuple(t.shape) for n, t in state.items()} == dict(part.trainable_shapes)
 
 
@@ -166,7 +166,7 @@ def test_tails_start_without_effect(kv_heads: int) -> None:
     """At init from scratch every exit of every level answers as the whole model's first exit."""
     built = in_float64(build_store(kv_heads=kv_heads, from_scratch=True, random_weights=False))
     whole = exit_logits(whole_model(built))
-    for level in built.store.levels:
+    for level in built.store.models.levels:
         ours = exit_logits(built.store.submodel(level, built.state, own=False).eval())
         for mine in ours:
             torch.testing.assert_close(mine, whole[0], **LOGITS)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, State
@@ -80,6 +80,15 @@ class Engine:
     def is_main(self) -> bool:
         return self._accelerator.is_main_process
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether weights are spread over the processes (ZeRO-3)."""
+        return False
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._accelerator.wait_for_everyone()
+
     def session(self, model: nn.Module, run: RunConfig) -> Session:
         return Session(self._accelerator, model, run)
 
@@ -98,6 +107,15 @@ class Engine:
     def gather(self, rows: list[Any]) -> list[Any]:
         """All ranks' rows in rank order, on every rank."""
         return gather_object(rows) if self.num_processes > 1 else rows
+
+    def gather_tensor(self, mine: Tensor) -> list[Tensor]:
+        """Every rank's tensor in rank order, on every rank's CPU; shapes and types agree beforehand."""
+        if self.num_processes == 1:
+            return [mine.cpu()]
+        on_device = mine.contiguous().view(torch.uint8).to(self.device)  # gloo does not know every type
+        parts = [torch.empty_like(on_device) for _ in range(self.num_processes)]
+        torch.distributed.all_gather(parts, on_device)
+        return [part.cpu().view(mine.dtype) for part in parts]
 
     def broadcast_state(self, state: State) -> State:
         """Rank 0's tensors, on every rank, in place; shapes and names agree beforehand."""

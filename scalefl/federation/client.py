@@ -51,6 +51,7 @@ class ClientTrainer:
             local_steps=run.local_steps,
             balanced=run.balanced_sampling,
             rng=draws,
+            lengths=self.batcher.lengths(task.example_ids) if run.length_bucketing else None,
         )
         shifts = draw_shifts(sum(map(len, steps)), draws) if run.augment else None
         objective = self._objective(task, labels)

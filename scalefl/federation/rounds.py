@@ -50,7 +50,7 @@ class RoundLoop:
             engine=self._engine,
             batcher=federation.batchers["train"],
             answer_ids=federation.answer_ids if federation.adjusts_logits else None,
-            vocab_size=federation.store.vocab_size,
+            vocab_size=federation.store.models.vocab_size,
             check_stop=stop.check,
             on_step=self._on_step,
         )
@@ -62,7 +62,7 @@ class RoundLoop:
         number, started, store = before.round + 1, time.perf_counter(), self._fed.store
         tasks = sample_cohort(self._run, number, self._fed.clients, self._fed.client_levels)
         lr = learning_rate(self._run, number)
-        plans = {level: part.trainable_plan for level, part in store.slices.items()}
+        plans = {level: part.trainable_plan for level, part in store.models.slices.items()}
         merge: Aggregator = self._aggregation(before.state, plans, self._run.weighting)
         clients: list[dict[str, Any]] = []
         if before.partial is not None:
@@ -145,7 +145,9 @@ class RoundLoop:
         if not kept:
             log.warning("round %d: every update was dropped; the model stays as it was", number)
         losses = [(c["loss"], c["examples"]) for c in kept if c["loss"] is not None]
-        slice_bytes = {level: self._fed.store.slice_bytes(level) for level in self._fed.store.slices}
+        slice_bytes = {
+            level: self._fed.store.models.slice_bytes(level) for level in self._fed.store.models.slices
+        }
         return {
             "round": number,
             "lr": lr,

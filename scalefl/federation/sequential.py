@@ -10,11 +10,11 @@ from typing import Any
 from scalefl.contracts import ClientTask, ClientUpdate, State
 from scalefl.engine.session import Session
 from scalefl.federation.client import ClientTrainer
-from scalefl.models.store import ResidentStore
+from scalefl.models.store import Store
 
 
 class Sequential:
-    def __init__(self, trainer: ClientTrainer, store: ResidentStore) -> None:
+    def __init__(self, trainer: ClientTrainer, store: Store) -> None:
         self._trainer, self._store = trainer, store
 
     def order(self, tasks: Sequence[ClientTask]) -> list[ClientTask]:
@@ -28,7 +28,7 @@ class Sequential:
         engine = self._trainer.engine
         ordered = self.order(tasks)
         for level in dict.fromkeys(task.level for task in ordered):
-            sent = self._store.level_state(level, global_state)
+            sent = self._store.models.level_state(level, global_state)
             model: Any = self._store.submodel(level, global_state, own=True)
             run = self._trainer.run
             if run.gradient_checkpointing and level in (run.checkpointing_levels or (level,)):

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from scalefl.batches import Batcher
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import save_config
-from scalefl.contracts import SPLITS, DataSplits, InputError, State
+from scalefl.contracts import SPLITS, DataSplits, Example, InputError, State
 from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
 from scalefl.engine.launch import Engine
 from scalefl.evaluate import Evaluator
+from scalefl.features import FrozenTower, keep_in_files, keep_in_memory, tower_fingerprint
 from scalefl.federation.client import micro_batch_size
 from scalefl.federation.start import start_from
 from scalefl.levels import assign_levels
-from scalefl.models.store import ResidentStore
+from scalefl.models.build import DTYPES
+from scalefl.models.store import Store
 from scalefl.registry import resolve
 from scalefl.seeding import numpy_rng
 
 LABEL_PARTITIONERS = ("dirichlet", "pathological")
 HELD_OUT = ("val", "test")
+DECODED_AT_ONCE = 64
+"""Images whose pixels are in memory while features are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +43,7 @@ class Federation:
     engine: Engine
     data: DataSplits
     processor: Any
-    store: ResidentStore
+    store: Store
     initial_state: State
     batchers: dict[str, Batcher]
     """Per split."""
@@ -66,8 +76,8 @@ class Federation:
         Without it transformers refuses a folder that lacks the frozen base, whose weights it would make up.
         """
         save_config(folder, self.run, self.model_file)
-        if not self.store.base:
-            self.store.config.save_pretrained(folder)
+        if not self.store.models.base_shapes:
+            self.store.models.config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 
@@ -86,7 +96,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
     family = resolve("arch", run.arch)
     texts = sorted({text for split in data.splits.values() for e in split for text in (e.question, e.answer)})
     processor, store, state = start_from(
-        run, model_file, family, [*texts, *(data.answers or ())], processor_from, engine.device
+        run, model_file, family, [*texts, *(data.answers or ())], processor_from, engine
     )
     clients: tuple[tuple[int, ...], ...] = ()
     if trains or run.evalmode == "local":
@@ -100,14 +110,18 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
             seed=run.seed,
         )
     client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)
+    shown = {split: data.splits[split] for split in (("train", *HELD_OUT) if trains else HELD_OUT)}
+    decode = functools.partial(
+        decode_all, read_image=data.read_image, prepare=processor.resize, workers=run.workers
+    )
+    features = _features(
+        run, engine, store, processor, [e for split in shown.values() for e in split], decode
+    )
     batchers = {
         split: Batcher(
-            processor,
-            data.splits[split],
-            decode_all(data.splits[split], data.read_image, processor.resize, run.workers),
-            engine.device,
+            processor, examples, decode(examples) if features is None else {}, engine.device, features
         )
-        for split in (("train", *HELD_OUT) if trains else HELD_OUT)
+        for split, examples in shown.items()
     }
     return Federation(
         run=run,
@@ -133,6 +147,49 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
         client_levels=client_levels,
         held_out={split: _held_out(run, data, split, clients, client_levels, store) for split in HELD_OUT},
     )
+
+
+def _features(
+    run: RunConfig,
+    engine: Engine,
+    store: Store,
+    processor: Any,
+    examples: Sequence[Example],
+    decode: Callable[[Sequence[Example]], dict[str, Tensor]],
+) -> Mapping[str, Tensor] | None:
+    """Image -> what the frozen vision tower says of it; the tower then leaves the device.
+
+    None with `--feature_cache off`, where the tower is trained, and where training moves pixels.
+    """
+    moves_pixels = run.augment and run.evaluate_from is None
+    if run.feature_cache == "off" or not run.freeze_vit or moves_pixels:
+        return None
+    family, model = store.models.family, store.vision_tower()
+    weights = [(name, p) for name, p in model.named_parameters() if family.is_vision(name)]
+    computed_in = DTYPES["bf16"] if run.precision == "bf16" else weights[0][1].dtype
+
+    def encode(pixels_bchw: Tensor) -> Tensor:
+        with torch.inference_mode(), engine.autocast():
+            return family.encode_images(model, pixels_bchw.to(engine.device))
+
+    tower = FrozenTower(
+        normalise=processor.normalise,
+        encode=encode,
+        dtype=computed_in if run.feature_dtype == "auto" else DTYPES[run.feature_dtype],
+    )
+    distinct = list({example.image_key: example for example in examples}.values())
+    starts = range(0, len(distinct), DECODED_AT_ONCE)
+    images = (image for at in starts for image in decode(distinct[at : at + DECODED_AT_ONCE]).items())
+    features: Mapping[str, Tensor]
+    if run.feature_cache == "file":
+        settings = family.vision_settings(store.models.config) | {"precision": run.precision}
+        fingerprint = tower_fingerprint(json.dumps(settings, sort_keys=True), tower, weights)
+        folder = Path(run.feature_folder or Path(run.save_path) / "features")
+        features = keep_in_files(images, tower, engine, folder, fingerprint)
+    else:
+        features = keep_in_memory(images, len(distinct), tower, engine)
+    store.drop_vision()
+    return features
 
 
 def _training_splits(data: DataSplits, run: RunConfig) -> DataSplits:
@@ -170,7 +227,7 @@ def _held_out(
     split: str,
     clients: tuple[tuple[int, ...], ...],
     client_levels: tuple[int, ...],
-    store: ResidentStore,
+    store: Store,
 ) -> dict[int, list[int]]:
     """Level -> the examples it is evaluated on.
 
@@ -179,12 +236,12 @@ def _held_out(
     """
     examples = data.splits[split]
     if run.evalmode == "global":
-        of_level = {level: list(range(len(examples))) for level in store.evaluated_levels}
+        of_level = {level: list(range(len(examples))) for level in store.models.evaluated_levels}
     else:
         parts = partition_held_out(
             examples, data.splits["train"], clients, partitioner=run.partitioner, seed=run.seed, purpose=split
         )
-        of_level = {level: [] for level in store.levels if level in client_levels}
+        of_level = {level: [] for level in store.models.levels if level in client_levels}
         for part, level in zip(parts, client_levels, strict=True):
             of_level[level] += part
     order = numpy_rng(run.seed, f"eval_limit {split}").permutation(len(examples))

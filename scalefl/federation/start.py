@@ -1,22 +1,28 @@
-"""What a run starts from: random weights, a saved model folder, or a checkpoint of an earlier run."""
+"""What a run starts from: `--init_from`, or random weights; and where its frozen base is held."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
 
 from scalefl import checkpoint
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import CONFIG_FILE, load_config
 from scalefl.contracts import InputError, State
-from scalefl.models.build import build_global, new_model
+from scalefl.engine.launch import Engine
+from scalefl.models.build import DTYPES, GlobalModel, check_weights, new_model
 from scalefl.models.family import ModelFamily
-from scalefl.models.store import ResidentStore
+from scalefl.models.files import TensorFiles
+from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")
 
@@ -30,36 +36,83 @@ def start_from(
     family: ModelFamily,
     texts: list[str],
     processor_from: str | None,
-    device: torch.device,
-) -> tuple[Any, ResidentStore, State]:
+    engine: Engine,
+) -> tuple[Any, Store, State]:
     """The processor, the store and the trainable state a run starts from.
 
     A tokenizer is trained on `texts` unless `processor_from` or `--init_from` names a folder that has one.
     """
+    _check_attention(run, engine.device)
     if run.init_from is None:
         processor = (
             family.load_processor(processor_from) if processor_from else family.processor(model_file, texts)
         )
         if run.tuning == "lora":
             log.warning("--tuning lora without --init_from: adapters on a base of random weights")
-        model = new_model(run, family, family.config(model_file, processor))
-        store, state = build_global(run, family, model, from_scratch=True, device=device)
-        return processor, store, state
+        config = family.config(model_file, processor)
+        weights = dict(new_model(run, family, config).named_parameters())
+        return processor, *_stored(run, model_file, family, config, weights, engine, from_scratch=True)
     source = Path(run.init_from)
     if (source / CONFIG_FILE).is_file():
         earlier, earlier_file = load_config(source)
         if earlier.arch != run.arch:
             raise InputError(f"--init_from {source}: holds a {earlier.arch}; expected a {run.arch}.")
         if earlier.tuning == "lora" or earlier.freeze_vit:
-            return _from_part(run, source, earlier, earlier_file, family, device)
+            return _from_part(run, source, earlier, earlier_file, family, engine)
     if not (source / "config.json").is_file():
         raise InputError(
             f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
             "or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
         )
-    model, processor = family.load_folder(str(source))
-    store, state = build_global(run, family, model, from_scratch=False, device=device)
-    return processor, store, state
+    config, files = family.load_config(str(source)), TensorFiles(source)
+    check_weights(family, config, files)
+    return family.load_processor(str(source)), *_stored(run, model_file, family, config, files, engine)
+
+
+def _stored(
+    run: RunConfig,
+    model_file: ModelFile,
+    family: ModelFamily,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    engine: Engine,
+    from_scratch: bool = False,
+) -> tuple[Store, State]:
+    """The base where `--base_store` wants it, and the trainable state."""
+    source = GlobalModel(
+        run,
+        family,
+        config,
+        weights,
+        from_scratch=from_scratch,
+        vit_dtype=DTYPES[model_file.vit_precision],
+    )
+    in_files = engine.shards_weights if run.base_store == "auto" else run.base_store == "file"
+    if engine.shards_weights and not in_files:
+        raise InputError(
+            "--base_store: got resident, but ZeRO-3 spreads weights over the processes as they are read "
+            "from files; expected file or auto, or ZeRO-2."
+        )
+    if not in_files:
+        return source.resident(engine.device), source.initial_state()
+    folder = Path(run.save_path) / "base"
+    if source.needs_folder and engine.is_main and not folder.is_dir():
+        temporary = folder.with_name(".base.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        source.write(temporary, engine.device)
+        temporary.rename(folder)
+    engine.barrier()
+    return source.on_disk(engine.device, folder), source.initial_state()
+
+
+def _check_attention(run: RunConfig, device: torch.device) -> None:
+    if run.attn != "flash_attention_2":
+        return
+    if device.type != "cuda" or run.precision != "bf16" or not is_flash_attn_2_available():
+        raise InputError(
+            "--attn flash_attention_2: needs a CUDA GPU, --precision bf16 and the package flash-attn; "
+            "expected sdpa, which takes the fastest kernel that PyTorch has itself."
+        )
 
 
 def _from_part(
@@ -68,8 +121,8 @@ def _from_part(
     earlier: RunConfig,
     earlier_file: ModelFile,
     family: ModelFamily,
-    device: torch.device,
-) -> tuple[Any, ResidentStore, State]:
+    engine: Engine,
+) -> tuple[Any, Store, State]:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
     differing = [name for name in SAME_PART if getattr(earlier, name) != getattr(run, name)]
     if differing:
@@ -78,7 +131,7 @@ def _from_part(
             f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
         )
     base_run = dataclasses.replace(run, init_from=earlier.init_from, seed=earlier.seed)
-    processor, store, initial = start_from(base_run, earlier_file, family, [], str(source), device)
+    processor, store, initial = start_from(base_run, earlier_file, family, [], str(source), engine)
     state = dict(checkpoint.load(source).state)
     check_same_parameters(state, initial, str(source))
     return processor, store, state

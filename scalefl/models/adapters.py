@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from scalefl.contracts import InputError
+from scalefl.contracts import InputError, State
 from scalefl.slicing.layout import LayoutTable
 
 
@@ -44,6 +44,21 @@ def add_lora(model: nn.Module, spec: LoraSpec) -> None:
         target_modules=rf"language_model\.model\.layers\..*\.({'|'.join(spec.targets)})",
     )
     inject_adapter_in_model(config, model)
+
+
+def initial_adapters(model: nn.Module) -> State:
+    """What peft starts the adapters of a model on the meta device from; draws from torch's generator."""
+    from peft.tuners.lora import LoraLayer
+
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for part in ("lora_A", "lora_B"):
+                getattr(module, part).to_empty(device="cpu")
+            module.reset_lora_parameters("default", init_lora_weights=True)
+            for part in ("lora_A", "lora_B"):
+                state[f"{name}.{part}.default.weight"] = getattr(module, part)["default"].weight.detach()
+    return state
 
 
 def is_adapter(name: str) -> bool:

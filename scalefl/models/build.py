@@ -1,71 +1,70 @@
-"""The global model at the start of a run: from scratch or from a folder, split into frozen base and trainable
+"""The global model at the start of a run: from scratch or from files, split into frozen base and trainable
 state.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scalefl.config.options import RunConfig
-from scalefl.contracts import Axis, LevelSpec, State
+from scalefl.contracts import InputError, State
 from scalefl.levels import exit_layers, level_specs
-from scalefl.models.adapters import LoraSpec, add_lora, is_adapter
+from scalefl.models.adapters import LoraSpec, add_lora, initial_adapters, is_adapter
 from scalefl.models.family import ModelFamily
-from scalefl.models.store import ResidentStore
+from scalefl.models.files import TensorFiles
+from scalefl.models.quantised import quantise
+from scalefl.models.store import FileStore, Frozen, ResidentStore, write_base
+from scalefl.models.submodels import SubModels
 from scalefl.seeding import derive
-from scalefl.slicing.layout import match_layouts
 from scalefl.slicing.plan import zero_tail
 
 log = logging.getLogger("scalefl")
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def build_global(
-    run: RunConfig, family: ModelFamily, model: nn.Module, *, from_scratch: bool, device: torch.device
-) -> tuple[ResidentStore, State]:
-    """The resident store of `model`'s frozen part, and its trainable state (fp32, CPU).
 
-    Exits and, under `--tuning lora`, adapters are added to `model`, which is taken apart: do not use it
-    afterwards.
+def plan_levels(run: RunConfig, family: ModelFamily, config: Any) -> SubModels:
+    """The whole model's and every level's shapes, plans and configs; no weights.
+
+    `config` is the model's own, with the exits it was saved with; those of `run` take their place.
     """
-    config = model.config
-    layers = exit_layers(run.ee_locs, family.num_layers(config))
-    _set_exits(model, list(layers))
+    config = copy.deepcopy(config)
+    config.exit_layers = list(exit_layers(run.ee_locs, family.num_layers(config)))
     axes = family.axes(config, cut_vision=not run.freeze_vit)
     specs = level_specs(
-        axes, run.vertical_scale_ratios, run.horizontal_scale_ratios, run.width_axes, num_exits=len(layers)
+        axes,
+        run.vertical_scale_ratios,
+        run.horizontal_scale_ratios,
+        run.width_axes,
+        num_exits=len(config.exit_layers),
     )
-    if from_scratch and run.zero_tails and run.tuning == "full":  # frozen zeros would stay without effect
-        _start_tails_without_effect(family, model, axes, specs)
     lora = None
     if run.tuning == "lora":
         lora = LoraSpec(
             rank=run.lora_r, alpha=run.lora_alpha, dropout=run.lora_dropout, targets=run.lora_targets
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(run.seed, "adapters"))
-            add_lora(model, lora)
-    base, state = {}, {}
-    for name, parameter in model.named_parameters():
-        if _is_trainable(run, family, name):
-            state[name] = parameter.detach().to("cpu", torch.float32)
-        else:
-            base[name] = parameter.detach().to(device)
-    store = ResidentStore(
+    with torch.device("meta"):
+        whole = family.new_model(config)
+        if lora is not None:
+            add_lora(whole, lora)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    trainable = {name: shape for name, shape in shapes.items() if _is_trainable(run, family, name)}
+    return SubModels(
         family=family,
         config=config,
-        base=base,
-        trainable_shapes={name: tensor.shape for name, tensor in state.items()},
+        base_shapes={name: shape for name, shape in shapes.items() if name not in trainable},
+        trainable_shapes=trainable,
         specs=specs,
         lora=lora,
         width_scaler=run.width_scaler,
-        device=device,
     )
-    return store, state
 
 
 def new_model(run: RunConfig, family: ModelFamily, config: Any) -> nn.Module:
@@ -75,42 +74,192 @@ def new_model(run: RunConfig, family: ModelFamily, config: Any) -> nn.Module:
         return family.new_model(config)
 
 
-def _start_tails_without_effect(
-    family: ModelFamily, model: nn.Module, axes: Mapping[str, Axis], specs: Sequence[LevelSpec]
-) -> None:
+def build_global(
+    run: RunConfig,
+    family: ModelFamily,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    from_scratch: bool = False,
+    vit_dtype: torch.dtype = torch.float32,
+) -> tuple[ResidentStore, State]:
+    """The resident store of a model's frozen part, and its trainable state (fp32, CPU).
+
+    `config` and `weights` are the model's own, with the exits it was saved with. Weights are read one after
+    another, converted and put on the device. `from_scratch` weights may be changed in place.
+    """
+    source = GlobalModel(run, family, config, weights, from_scratch=from_scratch, vit_dtype=vit_dtype)
+    return source.resident(device), source.initial_state()
+
+
+class GlobalModel:
+    """A model's weights on their way into a store: nothing is read before it is asked for."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        family: ModelFamily,
+        config: Any,
+        weights: Mapping[str, Tensor],
+        *,
+        from_scratch: bool = False,
+        vit_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._run, self._family, self._weights, self._vit_dtype = run, family, weights, vit_dtype
+        self._from_scratch = from_scratch
+        self.models = plan_levels(run, family, config)
+        self._names = self._source_names(list(config.exit_layers))
+        if from_scratch and run.zero_tails and run.tuning == "full":  # frozen zeros would stay without effect
+            assert isinstance(weights, MutableMapping)
+            _start_tails_without_effect(self.models, weights)
+        self._check_blocks()
+
+    def initial_state(self) -> State:
+        """The trainable state in fp32 on the CPU; adapters start with B at zero: the output stays."""
+        models, state = self.models, {}
+        adapters = {}
+        if models.lora is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(self._run.seed, "adapters"))
+                adapters = initial_adapters(models.skeleton(models.config))
+        for name in models.trainable_shapes:
+            tensor = adapters[name] if name in adapters else self._weights[self._names[name]]
+            state[name] = tensor.detach().to("cpu", torch.float32, copy=name not in adapters)
+        return state
+
+    def resident(self, device: torch.device) -> ResidentStore:
+        return ResidentStore(self.models, dict(self.base(device)), **self._store_options(device))
+
+    def on_disk(self, device: torch.device, folder: Path) -> FileStore:
+        """A store of what is on disk already: the model's own files, or what `write` put in `folder`."""
+        as_they_are = not self.needs_folder
+        return FileStore(
+            self.models,
+            self._weights if isinstance(self._weights, TensorFiles) and as_they_are else TensorFiles(folder),
+            names=self._names if as_they_are else {name: name for name in self.models.base_shapes},
+            dtypes={name: self._dtype(name) for name in self.models.base_shapes},
+            quantised={n: self._transposed(n) for n in self.models.base_shapes if self._is_quantised(n)},
+            kind=self._run.quantization,
+            **self._store_options(device),
+        )
+
+    @property
+    def needs_folder(self) -> bool:
+        """Whether the base must be written before `on_disk` can read it; else the model's own files do."""
+        made = self._from_scratch or self._run.quantization != "none"
+        return bool(self.models.base_shapes) and made
+
+    def write(self, folder: Path, device: torch.device) -> None:
+        """Convert the base tensor by tensor on the device, and write it."""
+        write_base(folder, self.base(device))
+
+    def base(self, device: torch.device) -> Iterator[tuple[str, Frozen]]:
+        """Every frozen weight as a store holds it: on the device, in its dtype, quantised."""
+        for name in self.models.base_shapes:
+            tensor = self._weights[self._names[name]].detach()
+            if self._is_quantised(name):
+                yield (
+                    name,
+                    quantise(
+                        tensor.to(device),
+                        self._run.quantization,
+                        transposed=self._transposed(name),
+                        double_quant=self._run.double_quant,
+                    ),
+                )
+            else:
+                yield name, tensor.to(device, self._dtype(name))
+
+    def _store_options(self, device: torch.device) -> dict[str, Any]:
+        compute = self._run.quant_compute_dtype
+        return {
+            "device": device,
+            "compute_dtype": DTYPES[self._run.precision if compute == "auto" else compute],
+            "attn": self._run.attn,
+        }
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """What a frozen weight is held in."""
+        return self._vit_dtype if self._family.is_vision(name) else DTYPES[self._run.precision]
+
+    def _is_quantised(self, name: str) -> bool:
+        return self._run.quantization != "none" and self._family.is_block_weight(name)
+
+    def _transposed(self, name: str) -> bool:
+        """NF4 packs rows: a weight whose inputs levels cut is held transposed."""
+        inputs = self.models.layouts[name][1]
+        cut = any(axis in self.models.axes and self.models.axes[axis].cut_by == "inner" for axis in inputs)
+        return self._run.quantization == "nf4" and cut
+
+    def _check_blocks(self) -> None:
+        if self._run.quantization != "nf4":
+            return
+        for name, shape in self.models.base_shapes.items():
+            columns = shape[0] if self._transposed(name) else shape[-1]
+            if self._is_quantised(name) and columns % 64:
+                raise InputError(
+                    f"--quantization nf4: {name} has {columns} weights in a row; expected a multiple of 64, "
+                    "which share scales; use int8 or none, or another hidden_size."
+                )
+
+    def _source_names(self, saved_exits: list[int]) -> dict[str, str]:
+        """Parameter -> tensor of the source. Exits that the source lacks start from its final norm."""
+        family, layers = self._family, self.models.config.exit_layers
+        final = family.exit_norm_name(len(saved_exits), len(saved_exits))
+        saved = {
+            layer: family.exit_norm_name(exit, len(saved_exits))
+            for exit, layer in enumerate(saved_exits, start=1)
+        }
+        if len(saved) > 1 and saved_exits != list(layers):
+            log.warning(
+                "exits move from layers %s to %s; new ones start from the final norm",
+                saved_exits,
+                list(layers),
+            )
+        norms = {
+            family.exit_norm_name(exit, len(layers)): saved.get(layer, final)
+            for exit, layer in enumerate(layers, start=1)
+        }
+        every = (*self.models.base_shapes, *self.models.trainable_shapes)
+        return {name: norms.get(name, name.replace(".base_layer.", ".")) for name in every}
+
+
+def check_weights(family: ModelFamily, config: Any, files: TensorFiles) -> None:
+    """Raise InputError unless a folder holds exactly the weights of its config.json."""
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in family.new_model(config).named_parameters()}
+    got = files.shapes
+    problems = [
+        f"{kind}: {min(names)}"
+        for kind, names in (
+            ("missing", expected.keys() - got.keys()),
+            ("unknown", got.keys() - expected.keys()),
+            ("of another shape", {n for n in expected.keys() & got.keys() if expected[n] != got[n]}),
+        )
+        if names
+    ]
+    if problems:
+        raise InputError(f"{files.folder}: {'; '.join(problems)}; expected the weights of its config.json.")
+
+
+def _start_tails_without_effect(models: SubModels, weights: MutableMapping[str, Tensor]) -> None:
     """Let every level start as the same function.
 
     Zero what reads units beyond the narrowest level and, in layers beyond the shallowest one, all that writes
     to the residual stream.
     """
-    sizes = {name: axis.size for name, axis in axes.items()}
+    specs = [models.slices[level].spec for level in models.levels]
+    sizes = {name: axis.size for name, axis in models.axes.items()}
     narrowest = {name: min(spec.kept[name] for spec in specs) for name in specs[0].kept}
-    nothing = {name: 0 for name in narrowest if axes[name].cut_by == "inner"}
+    nothing = {name: 0 for name in narrowest if models.axes[name].cut_by == "inner"}
     shallowest = min(specs, key=lambda spec: spec.depth)
-    with torch.device("meta"):
-        reached = dict(family.new_model(family.level_config(model.config, shallowest)).named_parameters())
-    layouts = match_layouts([name for name, _ in model.named_parameters()], family.layouts(model.config))
-    for module_name, module in model.named_modules():
+    reached = dict(models.empty(shallowest.level).named_parameters())
+    for name, module in models.skeleton(models.config).named_modules():
         if isinstance(module, nn.Linear):
-            name = f"{module_name}.weight"
-            zero_tail(module.weight, layouts[name], sizes, narrowest if name in reached else nothing)
-
-
-def _set_exits(model: Any, layers: list[int]) -> None:
-    """Put exits after `layers`; new ones start from the final norm, those already there stay."""
-    before = {layer: model.exit_norm(i).weight for i, layer in enumerate(model.config.exit_layers, start=1)}
-    final = model.exit_norm(len(model.config.exit_layers))
-    norms = []
-    for layer in layers[:-1]:
-        norm = type(final)(final.weight.shape[0], eps=final.variance_epsilon)
-        norm.weight.data.copy_(before.get(layer, final.weight).data)
-        norms.append(norm)
-    if len(before) > 1 and list(before) != layers:
-        log.warning(
-            "exits move from layers %s to %s; new ones start from the final norm", list(before), layers
-        )
-    model.exit_norms = nn.ModuleList(norms)
-    model.config.exit_layers = layers
+            weight = f"{name}.weight"
+            kept = narrowest if weight in reached else nothing
+            zero_tail(weights[weight], models.layouts[weight], sizes, kept)
 
 
 def _is_trainable(run: RunConfig, family: ModelFamily, name: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from torch import Tensor
 from transformers.utils import logging
 
 from scalefl.config.modelfile import ModelFile
@@ -47,8 +48,8 @@ class ModelFamily(Protocol):
 
     def new_model(self, config: Any) -> Any: ...
 
-    def load_folder(self, folder: str) -> tuple[Any, Any]:
-        """Model (fp32) and processor of a saved folder; raises InputError where weights are missing."""
+    def load_config(self, folder: str) -> Any:
+        """The config of a saved model folder."""
         ...
 
     def num_layers(self, config: Any) -> int: ...
@@ -67,6 +68,30 @@ class ModelFamily(Protocol):
         """Where a sub-model's parameter lives in the whole model."""
         ...
 
+    def exit_norm_name(self, exit: int, num_exits: int) -> str:
+        """The parameter of an exit's norm; exits count from 1."""
+        ...
+
+    def is_block_weight(self, name: str) -> bool:
+        """Whether this is the weight of a linear layer in the language model's blocks: `--quantization`."""
+        ...
+
+    def set_attention(self, model: Any, kernel: str) -> None:
+        """Let the language model attend by `--attn`."""
+        ...
+
     def is_vision(self, name: str) -> bool: ...
+
+    def vision_settings(self, config: Any) -> dict[str, Any]:
+        """What decides, beside its weights, what the vision tower says of an image; JSON."""
+        ...
+
+    def encode_images(self, model: Any, pixel_values: Tensor) -> Tensor:
+        """(B, 3, height, width) -> (B, T, F): what a model takes as `image_features` in place of pixels."""
+        ...
+
+    def drop_vision(self, model: Any) -> None:
+        """Take the vision tower out of a model, which then knows images by their features alone."""
+        ...
 
     def trained_beside_adapters(self, name: str) -> bool: ...

@@ -2,8 +2,8 @@
 
 EVA ViT-g (`Blip2VisionModel`, CLS dropped) -> 4 neighbouring tokens concatenated -> linear projector ->
 Llama. Source: Chen et al. 2023 (arXiv 2310.09478) and its published code.
-Shapes: B batch, L positions, P patches, T image tokens (P / 4), D text hidden, V vocabulary, N predicted
-positions.
+Shapes: B batch, L positions, P patches, T image tokens (P / 4), F features of an image token (4 * vision
+hidden), D text hidden, V vocabulary, N predicted positions.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from transformers.utils import ModelOutput
 from scalefl.config.modelfile import ModelFile
 from scalefl.contracts import Axis, InputError, LevelSpec
 from scalefl.models.exits import hidden_at_exits, logits_at, new_cache
-from scalefl.models.family import ModelFamily, quiet_transformers
+from scalefl.models.family import ModelFamily
 from scalefl.models.prompts import IMAGE_PLACEHOLDER, IMAGE_SLOT, MiniGPTv2Processor, train_tokenizer
 
 PATCHES_PER_TOKEN = 4
+VISION_PREFIX = "vision_model."
 
 
 @strict
@@ -128,6 +129,7 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 lambda _, args, s=factor: (args[0] * s, *args[1:])
             )
             for name, factor in (self.config.input_scales or {}).items()
+            if self.vision_model is not None or not name.startswith(VISION_PREFIX)
         ]
 
     def rebuild_buffers(self) -> None:
@@ -138,31 +140,53 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The norm of an exit, counted from 1; the deepest exit's is the language model's own."""
         return self.exit_norms[exit - 1] if exit <= len(self.exit_norms) else self.language_model.model.norm
 
-    def image_embeds(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, height, width) -> image tokens (B, T, D)."""
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, height, width) -> (B, T, F), what the projector reads, in the tower's precision."""
+        if self.vision_model is None:
+            raise ValueError(
+                "MiniGPTv2: pixel_values, but the vision tower was dropped; give image_features."
+            )
+        pixel_values = pixel_values.to(self.vision_model.embeddings.patch_embedding.weight.dtype)
         patches_bpd = self.vision_model(pixel_values).last_hidden_state[:, 1:]
-        return self.projector(patches_bpd.unflatten(1, (-1, PATCHES_PER_TOKEN)).flatten(2))
+        return patches_bpd.unflatten(1, (-1, PATCHES_PER_TOKEN)).flatten(2)
 
-    def input_embeds(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def image_embeds(self, features_btf: Tensor) -> Tensor:
+        """Features of images -> image tokens (B, T, D)."""
+        device = features_btf.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):  # autocast would cast both itself
+            features_btf = features_btf.to(self.projector.weight.dtype)
+        return self.projector(features_btf)
+
+    def input_embeds(
+        self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None = None
+    ) -> Tensor:
         """Token embeddings (B, L, D), with image tokens where `input_ids` is `image_token_id`."""
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("MiniGPTv2: give pixel_values or image_features, not both.")
         at_image_bl = input_ids == self.config.image_token_id
         if not self.training:  # a wait for the GPU that training, whose batches we build, does without
-            self._check_images(at_image_bl, pixel_values)
+            self._check_images(at_image_bl, pixel_values, image_features)
         # The image token need not be in the vocabulary (Llama-2 has none), so it is not looked up.
         embeds_bld = self.get_input_embeddings()(input_ids.masked_fill(at_image_bl, 0))
-        if pixel_values is None:
+        if pixel_values is not None:
+            image_features = self.vision_features(pixel_values)
+        if image_features is None:
             return embeds_bld
-        image_btd = self.image_embeds(pixel_values).to(embeds_bld.dtype)
+        image_btd = self.image_embeds(image_features).to(embeds_bld.dtype)
         return embeds_bld.masked_scatter(at_image_bl.unsqueeze(-1), image_btd)
 
-    def _check_images(self, at_image_bl: Tensor, pixel_values: Tensor | None) -> None:
+    def _check_images(
+        self, at_image_bl: Tensor, pixel_values: Tensor | None, image_features: Tensor | None
+    ) -> None:
         """Raise ValueError unless there is one image for each run of image tokens."""
         vision = self.config.vision_config
         per_image = (vision.image_size // vision.patch_size) ** 2 // PATCHES_PER_TOKEN
-        wanted = 0 if pixel_values is None else len(pixel_values) * per_image
+        source, wanted = "pixel_values", 0 if pixel_values is None else len(pixel_values) * per_image
+        if image_features is not None:
+            source, wanted = "image_features", len(image_features) * image_features.shape[1]
         if not at_image_bl.is_meta and int(at_image_bl.sum()) != wanted:
             raise ValueError(
-                f"MiniGPTv2: {int(at_image_bl.sum())} image tokens in input_ids, {wanted} in pixel_values; "
+                f"MiniGPTv2: {int(at_image_bl.sum())} image tokens in input_ids, {wanted} in {source}; "
                 f"expected {per_image} for each image."
             )
 
@@ -174,6 +198,7 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -183,14 +208,16 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> MiniGPTv2Output:
         """Logits of one exit (B, L, V), default the deepest; or of every exit at given positions.
 
-        `input_ids` (B, L) carry `image_token_id` at image positions, T of them for each image. `labels` (B,
-        L), -100 = ignore, give `loss`, the mean over answer tokens. `predict_at` (N) are flat positions b * L
-        + l: then only `exit_logits`, one (N, V) per exit, is returned. `exit` counts from 1.
+        `input_ids` (B, L) carry `image_token_id` at image positions, T of them for each image. The images
+        are `pixel_values` (B, 3, height, width), or what `vision_features` said of them, `image_features`
+        (B, T, F). `labels` (B, L), -100 = ignore, give `loss`, the mean over answer tokens. `predict_at` (N)
+        are flat positions b * L + l: then only `exit_logits`, one (N, V) per exit, is returned. `exit` counts
+        from 1.
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("MiniGPTv2: give input_ids or inputs_embeds.")
-            inputs_embeds = self.input_embeds(input_ids, pixel_values)
+            inputs_embeds = self.input_embeds(input_ids, pixel_values, image_features)
         decoder, head = self.language_model.model, self.language_model.lm_head
         layers = self.config.exit_layers
         context: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -222,12 +249,12 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The image enters with the prompt alone; later steps find it in the cache."""
         first = kwargs.get("is_first_iteration", False)
-        pixel_values, exit = kwargs.pop("pixel_values", None), kwargs.pop("exit", None)
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        exit = kwargs.pop("exit", None)
         parent: Any = super()  # upstream types `self` as a protocol that no model fulfils
         inputs = parent.prepare_inputs_for_generation(input_ids, **kwargs)
-        inputs["pixel_values"] = pixel_values if first or not kwargs.get("use_cache", True) else None
-        inputs["exit"] = exit
-        return inputs
+        shown = first or not kwargs.get("use_cache", True)
+        return {**inputs, **(images if shown else dict.fromkeys(images)), "exit": exit}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -241,7 +268,7 @@ AutoModelForImageTextToText.register(MiniGPTv2Config, MiniGPTv2ForConditionalGen
 AutoProcessor.register(MiniGPTv2Config, MiniGPTv2Processor)
 
 
-_VISION = "vision_model.encoder.layers.*"
+_VISION = f"{VISION_PREFIX}encoder.layers.*"
 _TEXT = "language_model.model.layers.*"
 LAYOUTS = (
     ("vision_model.embeddings.class_embedding", "1 1 vision_embed"),
@@ -347,20 +374,8 @@ class MiniGPTv2Family:
     def load_processor(self, folder: str) -> MiniGPTv2Processor:
         return MiniGPTv2Processor.from_pretrained(folder)
 
-    def load_folder(self, folder: str) -> tuple[MiniGPTv2ForConditionalGeneration, MiniGPTv2Processor]:
-        """A model folder written by `save_pretrained`, in fp32, and its processor.
-
-        Raises InputError where weights are missing or unknown: transformers would make up the missing ones.
-        """
-        with quiet_transformers():  # it reports what does not fit in a table; we do in one line
-            loaded: Any = MiniGPTv2ForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        model, info = loaded
-        problems = [f"{kind}: {min(map(str, names))}" for kind, names in info.items() if names]
-        if problems:
-            raise InputError(f"{folder}: {'; '.join(problems)}; expected the weights of its config.json.")
-        return model, MiniGPTv2Processor.from_pretrained(folder)
+    def load_config(self, folder: str) -> MiniGPTv2Config:
+        return MiniGPTv2Config.from_pretrained(folder)
 
     def layouts(self, config: MiniGPTv2Config) -> tuple[tuple[str, str], ...]:
         return LAYOUTS + ((("exit_norms.*.weight", "embed"),) if len(config.exit_layers) > 1 else ())
@@ -420,12 +435,33 @@ class MiniGPTv2Family:
 
     def global_name(self, name: str, spec: LevelSpec, num_exits: int) -> str:
         """Where a sub-model's parameter lives in the whole model, to which its last exit is an early one."""
-        return (
-            f"exit_norms.{spec.depth - 1}.weight" if name == FINAL_NORM and spec.depth < num_exits else name
+        return self.exit_norm_name(spec.depth, num_exits) if name == FINAL_NORM else name
+
+    def exit_norm_name(self, exit: int, num_exits: int) -> str:
+        return f"exit_norms.{exit - 1}.weight" if exit < num_exits else FINAL_NORM
+
+    def is_block_weight(self, name: str) -> bool:
+        return name.startswith("language_model.model.layers.") and name.endswith(
+            ("_proj.weight", "_proj.base_layer.weight")
         )
 
+    def set_attention(self, model: MiniGPTv2ForConditionalGeneration, kernel: str) -> None:
+        model.config.text_config._attn_implementation = kernel
+
     def is_vision(self, name: str) -> bool:
-        return name.startswith("vision_model.")
+        return name.startswith(VISION_PREFIX)
+
+    def vision_settings(self, config: MiniGPTv2Config) -> dict[str, Any]:
+        unimportant = ("transformers_version", "_name_or_path", "architectures", "dtype")
+        tower = {k: v for k, v in config.vision_config.to_dict().items() if k not in unimportant}
+        scales = {k: v for k, v in (config.input_scales or {}).items() if self.is_vision(k)}
+        return {"tower": tower, "ln_vision_eps": config.ln_vision_eps, "input_scales": scales}
+
+    def encode_images(self, model: MiniGPTv2ForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+        return model.vision_features(pixel_values)
+
+    def drop_vision(self, model: MiniGPTv2ForConditionalGeneration) -> None:
+        model.vision_model = None
 
     def trained_beside_adapters(self, name: str) -> bool:
         """Under `--tuning lora`: the projector and the earlier exits' norms (the final norm stays frozen)."""

@@ -1,175 +1,169 @@
-"""The one resident model, and every level's sub-model cut from it.
+"""Where the frozen base lives, and every level's sub-model built on it.
 
-The frozen base is held once; a sub-model is a smaller Hugging Face model whose frozen parameters are views of
-it.
+A sub-model is a smaller Hugging Face model. Its frozen parameters are views of the one base on the device
+(`ResidentStore`), or read from disk, a slice at a time (`FileStore`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import abc
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalefl.contracts import LevelSpec, State
-from scalefl.models.adapters import LoraSpec, adapter_layouts, add_lora
-from scalefl.models.family import ModelFamily
-from scalefl.slicing.layout import match_layouts
-from scalefl.slicing.ops import cut
-from scalefl.slicing.plan import Plan, lost_share, make_plan
+from scalefl.models.files import TensorFiles, write_tensors
+from scalefl.models.quantised import QuantisedLinear, QuantisedWeight
+from scalefl.models.submodels import WHOLE, SubModels
+from scalefl.slicing.ops import cut, select
+from scalefl.slicing.plan import PlanEntry
 
-WHOLE = 0
-"""The level number of the whole model, which no client need have."""
+Frozen = Tensor | QuantisedWeight
 
-
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """One level's sub-model: its config, and where its parameters lie in the whole model."""
-
-    spec: LevelSpec
-    config: Any
-    base_plan: Plan
-    trainable_plan: Plan
-    """What travels and is merged."""
-    trainable_shapes: Mapping[str, tuple[int, ...]]
+Place = Callable[[nn.Parameter], None]
+"""What an engine does with each parameter of a sub-model as soon as it is read, such as sharding it."""
 
 
-class ResidentStore:
-    """The frozen tensors of the whole model, and the slice of each level."""
+class Store(abc.ABC):
+    """The frozen base of `models`, and the sub-model of each level."""
 
     def __init__(
-        self,
-        *,
-        family: ModelFamily,
-        config: Any,
-        base: State,
-        trainable_shapes: Mapping[str, torch.Size],
-        specs: tuple[LevelSpec, ...],
-        lora: LoraSpec | None,
-        width_scaler: bool,
-        device: torch.device,
+        self, models: SubModels, device: torch.device, compute_dtype: torch.dtype, attn: str = "sdpa"
     ) -> None:
-        self.family, self.config, self.base, self._device = family, config, base, device
-        self._lora, self._width_scaler = lora, width_scaler
-        table = family.layouts(config)
-        self._layouts = match_layouts(
-            [*base, *trainable_shapes], adapter_layouts(table, lora) if lora is not None else table
-        )
-        self._sizes = {name: axis.size for name, axis in family.axes(config, cut_vision=True).items()}
-        whole = LevelSpec(level=WHOLE, width_ratio=1.0, depth=len(config.exit_layers))
-        self.slices = {spec.level: self._slice(spec, trainable_shapes) for spec in (whole, *specs)}
+        """`compute_dtype` is what quantised weights are unpacked to; `attn` the kernel used in training."""
+        self.models, self.device = models, device
+        self._compute_dtype, self._attn = compute_dtype, attn
 
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Clients' levels, weakest first."""
-        return tuple(level for level in self.slices if level != WHOLE)
+    @abc.abstractmethod
+    def frozen(self, entry: PlanEntry) -> Frozen:
+        """One frozen weight, cut, on the device."""
 
-    @property
-    def evaluated_levels(self) -> tuple[int, ...]:
-        """Every level, and the whole model where no level is the whole."""
-        whole = self.slices[WHOLE]
-        full = any(
-            self.slices[level].spec.depth == whole.spec.depth
-            and self.slices[level].spec.is_whole(self._sizes)
-            for level in self.levels
-        )
-        return self.levels if full else (*self.levels, WHOLE)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._sizes["vocab"]
-
-    def slice_bytes(self, level: int) -> int:
-        """What travels each way for one client and round: its trainable slice in fp32."""
-        return sum(4 * math.prod(shape) for shape in self.slices[level].trainable_shapes.values())
-
-    def submodel(self, level: int, state: Mapping[str, Tensor], *, own: bool) -> nn.Module:
+    def submodel(
+        self, level: int, state: Mapping[str, Tensor], *, own: bool, place: Place | None = None
+    ) -> nn.Module:
         """A level's sub-model on the store's device, holding its slice of the trainable `state`.
 
         With `own` the trainable parameters are copies that require gradients; without, they are views of
-        `state` where the cut is a prefix and the state is on that device, for evaluation. Frozen parameters
-        are views of the base either way.
+        `state` where the cut is a prefix and the state is on that device, for evaluation.
         """
-        part = self.slices[level]
-        model = self._empty(part.config)
-        tensors = cut(self.base, part.base_plan)
+        part = self.models.slices[level]
+        model = self.models.skeleton(part.config)
         trainable = {
-            name: tensor.to(self._device, copy=own, memory_format=torch.contiguous_format)
+            name: tensor.to(self.device, copy=own, memory_format=torch.contiguous_format)
             if own
-            else tensor.to(self._device)
+            else tensor.to(self.device)
             for name, tensor in cut(state, part.trainable_plan).items()
         }
-        for name, tensor in (tensors | trainable).items():
-            module_name, _, leaf = name.rpartition(".")
-            setattr(
-                model.get_submodule(module_name),
-                leaf,
-                nn.Parameter(tensor, requires_grad=own and name in trainable),
-            )
+        for name, tensor in trainable.items():
+            _put(model, name, tensor, place, requires_grad=own)
+        for name, entry in part.base_plan.items():
+            self._put_frozen(model, name, self.frozen(entry), place)
+        model.apply_input_scales()  # again: it hooks modules, and quantised ones are new
         model.rebuild_buffers()
-        return model.to(self._device)
+        self.models.family.set_attention(model, self._attn if own else "sdpa")
+        return model.to(self.device)
 
-    def level_state(self, level: int, state: Mapping[str, Tensor]) -> State:
-        """A level's slice of the trainable state, in the sub-model's names."""
-        return cut(state, self.slices[level].trainable_plan)
+    def vision_tower(self) -> nn.Module:
+        """The whole model in eval mode with its vision tower alone; its other parameters hold nothing."""
+        part = self.models.slices[WHOLE]
+        model = self.models.skeleton(part.config)
+        for name, entry in part.base_plan.items():
+            if self.models.family.is_vision(name):
+                self._put_frozen(model, name, self.frozen(entry), None)
+        return model.eval()
 
-    def empty(self, level: int) -> nn.Module:
-        """A level's sub-model on the meta device."""
-        with torch.device("meta"):
-            model = self._empty(self.slices[level].config)
-            model.rebuild_buffers()
-        return model
+    def drop_vision(self) -> None:
+        """The vision tower leaves the device, and sub-models take its features as their input."""
+        self.models.drop_vision()
 
-    def _empty(self, config: Any) -> Any:
-        """A model of this config on the meta device: shapes without storage."""
-        with torch.device("meta"):
-            model = self.family.new_model(config)
-            if self._lora is not None:
-                add_lora(model, self._lora)
-        model.apply_input_scales()
-        return model
+    def _put_frozen(self, model: nn.Module, name: str, value: Frozen, place: Place | None) -> None:
+        if isinstance(value, Tensor):
+            return _put(model, name, value, place)
+        module_name = name.removesuffix(".weight")
+        parent_name, _, child = module_name.rpartition(".")
+        layer = QuantisedLinear(value, self._compute_dtype)
+        setattr(model.get_submodule(parent_name), child, layer)
+        if place is not None:
+            for parameter in layer.parameters():
+                place(parameter)
 
-    def _slice(self, spec: LevelSpec, trainable_shapes: Mapping[str, torch.Size]) -> Slice:
-        config = self.family.level_config(self.config, spec)
-        config.input_scales = self._input_scales(config, spec) or None
-        shapes = {name: tuple(p.shape) for name, p in self._empty(config).named_parameters()}
-        num_exits = len(self.config.exit_layers)
-        plan = make_plan(
-            shapes,
-            self._layouts,
-            self._sizes,
-            spec.kept,
-            lambda n: self.family.global_name(n, spec, num_exits),
-        )
-        trainable = {name: entry for name, entry in plan.items() if entry.global_name in trainable_shapes}
-        base = {name: entry for name, entry in plan.items() if name not in trainable}
-        return Slice(
-            spec=spec,
-            config=config,
-            base_plan=base,
-            trainable_plan=trainable,
-            trainable_shapes={name: shapes[name] for name in trainable},
-        )
 
-    def _input_scales(self, config: Any, spec: LevelSpec) -> dict[str, float]:
-        """The factor of each linear layer's input: whole over kept size where terms were lost (the paper's
-        static scaling), times the whole model's own factor, if that is itself a scaled level.
+def _put(
+    model: nn.Module, name: str, tensor: Tensor, place: Place | None, requires_grad: bool = False
+) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(tensor, requires_grad=requires_grad)
+    if place is not None:
+        place(parameter)
+    setattr(model.get_submodule(module_name), leaf, parameter)
+
+
+class ResidentStore(Store):
+    """The frozen base once on the device: sub-models are views of it, or copies where a cut is strided."""
+
+    def __init__(self, models: SubModels, base: Mapping[str, Frozen], **store: Any) -> None:
+        super().__init__(models, **store)
+        self.base = dict(base)
+
+    def frozen(self, entry: PlanEntry) -> Frozen:
+        value = self.base[entry.global_name]
+        return value.cut(entry.index) if isinstance(value, QuantisedWeight) else select(value, entry.index)
+
+    def drop_vision(self) -> None:
+        super().drop_vision()
+        self.base = {n: v for n, v in self.base.items() if not self.models.family.is_vision(n)}
+
+
+class FileStore(Store):
+    """The frozen base on disk: a sub-model takes the memory of its own slice alone, while it lives."""
+
+    def __init__(
+        self,
+        models: SubModels,
+        files: TensorFiles,
+        names: Mapping[str, str],
+        dtypes: Mapping[str, torch.dtype],
+        quantised: Mapping[str, bool],
+        kind: str,
+        **store: Any,
+    ) -> None:
+        """`names`: parameter -> tensor in `files`. `dtypes`: parameter -> what it is read as.
+
+        `quantised`: parameter -> whether it is packed transposed; `files` then hold its parts, each under
+        the parameter's name, a slash and the part's.
         """
-        own = self.config.input_scales or {}
-        with torch.device("meta"):
-            model = self.family.new_model(config)
-        scales = {}
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                layout = self._weight_layout(name)
-                lost = lost_share(layout, self._sizes, spec.kept) if self._width_scaler else 1.0
-                if (scale := own.get(name, 1.0) * lost) != 1.0:
-                    scales[name] = scale
-        return scales
+        super().__init__(models, **store)
+        self._files, self._names, self._dtypes = files, names, dtypes
+        self._quantised, self._kind = quantised, kind
 
-    def _weight_layout(self, module_name: str) -> tuple[tuple[str, ...], ...]:
-        plain = f"{module_name}.weight"
-        return self._layouts[plain if plain in self._layouts else f"{module_name}.base_layer.weight"]
+    def frozen(self, entry: PlanEntry) -> Frozen:
+        name = entry.global_name
+        if name not in self._quantised:
+            return self._files.read(self._names[name], entry.index).to(self.device, self._dtypes[name])
+        parts = {n.partition("/")[2]: n for n in self._files if n.startswith(f"{name}/")}
+        shapes = {part: torch.empty(self._files.shapes[n], device="meta") for part, n in parts.items()}
+        whole = QuantisedWeight(kind=self._kind, transposed=self._quantised[name], tensors=shapes)
+        wanted = whole.cut(entry.index).tensors
+        return QuantisedWeight(
+            kind=self._kind,
+            transposed=whole.transposed,
+            tensors={part: self._read_prefix(n, wanted[part].shape) for part, n in parts.items()},
+        )
+
+    def _read_prefix(self, name: str, shape: torch.Size) -> Tensor:
+        return self._files.read(name, tuple(slice(0, size) for size in shape)).to(self.device)
+
+
+def write_base(folder: Path, base: Iterator[tuple[str, Frozen]]) -> None:
+    """Write a base for `FileStore`; never more than one file's part of it is held."""
+    write_tensors(folder, _parts(base))
+
+
+def _parts(base: Iterator[tuple[str, Frozen]]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in base:
+        if isinstance(value, QuantisedWeight):
+            yield from ((f"{name}/{part}", tensor) for part, tensor in value.tensors.items())
+        else:
+            yield name, value

@@ -13,7 +13,7 @@ from scalefl.slicing.plan import Index, Plan
 
 def cut(global_state: Mapping[str, Tensor], plan: Plan) -> State:
     """The sub-model's tensors: views of the global ones where the cut is a prefix, copies elsewhere."""
-    return {name: _select(global_state[entry.global_name], entry.index) for name, entry in plan.items()}
+    return {name: select(global_state[entry.global_name], entry.index) for name, entry in plan.items()}
 
 
 def add_into(
@@ -33,7 +33,8 @@ def add_coverage(total: Mapping[str, Tensor], plan: Plan, weight: float) -> None
         _add(target, entry.index, torch.ones((), dtype=target.dtype).expand(shape), weight)
 
 
-def _select(tensor: Tensor, index: tuple[Index, ...]) -> Tensor:
+def select(tensor: Tensor, index: tuple[Index, ...]) -> Tensor:
+    """One tensor, cut: a view where the cut is a prefix in every dimension."""
     for dim, part in enumerate(index):
         if isinstance(part, slice):
             tensor = tensor.narrow(dim, 0, part.stop)

@@ -1,0 +1,88 @@
+"""Tensors in safetensors files, one or many, read one by one or slice by slice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scalefl.contracts import InputError
+from scalefl.slicing.plan import Index
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 1 << 28
+"""What a writer gathers before it writes a file."""
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of a model folder, by name. Reading one takes the memory of that one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError unless the folder has model.safetensors, or the files its index names."""
+        self.folder = folder
+        self._readers: dict[str, Any] = {}
+        try:
+            if (folder / INDEX).is_file():
+                self._files: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+            else:
+                self._files = dict.fromkeys(self._reader(SINGLE).keys(), SINGLE)
+            self.shapes = {name: torch.Size(self._lazy(name).get_shape()) for name in self._files}
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{folder}: cannot read its weights ({error}); expected {SINGLE}, or {INDEX} and its files."
+            ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader(self._files[name]).get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, name: str, index: tuple[Index, ...]) -> Tensor:
+        """A slice of a tensor; of a strided selection, the rows and columns around it are read as well."""
+        prefix = tuple(part if isinstance(part, slice) else slice(None) for part in index)
+        tensor = self._lazy(name)[prefix] if index else self[name]
+        for dim, part in enumerate(index):
+            if not isinstance(part, slice):
+                tensor = tensor.index_select(dim, part)
+        return tensor
+
+    def _lazy(self, name: str) -> Any:
+        return self._reader(self._files[name]).get_slice(name)
+
+    def _reader(self, file: str) -> Any:
+        if file not in self._readers:
+            path = self.folder / file
+            if not path.is_file():  # safetensors' own error does not name the file
+                raise FileNotFoundError(f"{file} is missing")
+            self._readers[file] = safe_open(path, framework="pt")
+        return self._readers[file]
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors as they come, in files of about `SHARD_BYTES`, and an index of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    of_name: dict[str, str] = {}
+    part: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        part[name] = tensor.detach().cpu().contiguous()
+        if sum(t.nbytes for t in part.values()) >= SHARD_BYTES:
+            of_name |= _write_part(folder, part, len(of_name))
+            part = {}
+    of_name |= _write_part(folder, part, len(of_name))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": of_name}))
+
+
+def _write_part(folder: Path, part: dict[str, Tensor], already: int) -> dict[str, str]:
+    file = f"model-{already:05d}.safetensors"
+    save_file(part, folder / file, metadata={"format": "pt"})
+    return dict.fromkeys(part, file)
