@@ -74,15 +74,17 @@ class Evaluator:
 
         `check_stop` is called before every batch, equally often on every rank.
         """
-        model = self._store.submodel(level, state, own=False).eval()
+        engine = self._engine
+        model = self._store.submodel(level, state, own=False, place=engine.place).eval()
         rows: list[tuple[list[Any], list[float], list[int]]] = []
-        share = self._engine.share(ids)
-        with torch.inference_mode(), self._engine.autocast():
-            for start in range(0, self._engine.largest_share(len(ids)), self._run.eval_batch_size):
+        share, score = engine.share(ids), self._open if self._answers is None else self._closed
+        with torch.no_grad(), engine.evaluating(model), engine.autocast():
+            for start in range(0, engine.largest_share(len(ids)), self._run.eval_batch_size):
                 check_stop()
-                part = share[start : start + self._run.eval_batch_size]
-                if part:
-                    rows += self._open(model, part) if self._answers is None else self._closed(model, part)
+                if part := share[start : start + self._run.eval_batch_size]:
+                    rows += score(model, part)
+                elif engine.shards_weights:  # the other ranks need this one's part of the weights
+                    score(model, ids[:1])
         rows = self._engine.gather(rows)
         num_exits = self._store.models.slices[level].spec.depth
         return [
@@ -135,7 +137,13 @@ class Evaluator:
         inputs = self._batcher.prompts(ids)
         width, texts = inputs["input_ids"].shape[1], []
         for exit in range(1, len(model.config.exit_layers) + 1):
-            out = model.generate(**inputs, exit=exit, max_new_tokens=longest + 2, do_sample=False)
+            out = model.generate(
+                **inputs,
+                exit=exit,
+                max_new_tokens=longest + 2,
+                do_sample=False,
+                synced_gpus=self._engine.shards_weights,
+            )
             texts.append([self._processor.decode_answer(row) for row in out[:, width:].tolist()])
         return texts
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, State
-from scalefl.engine.session import Session
+from scalefl.engine.optimizers import check_optimizer
+from scalefl.engine.session import Session, hide_frozen
+
+
+PROCESS_TIMEOUT = timedelta(hours=2)
+"""How long a process waits for the others: longer than one of them takes to read or quantise a base."""
 
 
 class Engine:
-    """The launch this process finds itself in: one process, or one of several under DDP."""
+    """One process, or one of several under DDP or DeepSpeed's ZeRO."""
 
     def __init__(self, run: RunConfig) -> None:
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-            raise InputError(
-                "launch: DeepSpeed was asked for, which this version does not train under; "
-                "expected one process or DDP (accelerate launch --multi_gpu, with ACCELERATE_USE_CPU=true)."
-            )
         use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
         if use_gpu and not torch.cuda.is_available():
             raise InputError(
@@ -34,17 +36,24 @@ class Engine:
             )
         _check_environment()
         _check_trackers(run.report_to)
-        precision = "bf16" if run.precision == "bf16" else "no"
+        self._zero = _deepspeed()
+        arguments: dict[str, Any] = {
+            "cpu": not use_gpu,
+            "mixed_precision": "bf16" if run.precision == "bf16" else "no",
+            "kwargs_handlers": [InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        }
+        if self._zero is not None:
+            arguments = self._zero.accelerator_arguments(run, use_gpu, PROCESS_TIMEOUT)
         self._accelerator = Accelerator(
-            cpu=not use_gpu,
-            mixed_precision=precision,
-            log_with=list(run.report_to) or None,
-            project_dir=run.save_path,
+            **arguments, log_with=list(run.report_to) or None, project_dir=run.save_path
         )
-        self._check_launch(precision)
+        self._check_launch(arguments["mixed_precision"])
+        offloaded = self._zero is not None and self._zero.offloads_optimizer(self._accelerator)
+        check_optimizer(run, self.device, offloaded=offloaded)
         if self.num_processes > 1 and not use_gpu and "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
 
     def _check_launch(self, precision: str) -> None:
         """What was launched must be what runs: a wrong launch trains on silently."""
@@ -56,13 +65,49 @@ class Engine:
                 f"{accelerator.num_processes}; expected on CPUs: ACCELERATE_USE_CPU=true accelerate launch "
                 "--multi_gpu --num_processes N -m scalefl ..."
             )
+        kind = accelerator.distributed_type
         kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        if accelerator.distributed_type not in kinds:
+        if kind not in ((DistributedType.DEEPSPEED,) if self._zero is not None else kinds):
+            asked = "DeepSpeed" if self._zero is not None else "one process or DDP"
             raise InputError(
-                f"launch: distributed type {accelerator.distributed_type.value}; expected one process or DDP."
+                f"launch: runs as {kind.value}; expected {asked}, as the launch asked for: "
+                "see the first lines of accelerate_configs/*.yaml for commands that work."
             )
         if accelerator.mixed_precision != precision:
             raise RuntimeError(f"accelerate runs in {accelerator.mixed_precision}, {precision} was asked for")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether weights are spread over the processes (ZeRO-3)."""
+        return self._zero is not None and self._zero.stage(self._accelerator) == 3
+
+    def place(self, parameter: nn.Parameter) -> None:
+        """What becomes of a parameter as soon as it is read: ZeRO-3 spreads it over the ranks."""
+        if self.shards_weights:
+            self._zero.shard(self._accelerator, parameter)
+
+    def session(self, model: nn.Module, run: RunConfig) -> Session:
+        if not self.shards_weights:
+            hide_frozen(model)
+        return (Session if self._zero is None else self._zero.ZeroSession)(self._accelerator, model, run)
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Within, a sub-model without an optimizer can run; under ZeRO-3 all ranks run it equally often."""
+        if not self.shards_weights:
+            yield
+            return
+        prepared = self._accelerator.prepare(model)
+        try:
+            yield
+        finally:
+            self._zero.release(self._accelerator, prepared)
+
+    def autocast(self) -> Any:
+        """The run's precision, for what is computed outside sessions."""
+        return torch.autocast(
+            self.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
+        )
 
     @property
     def device(self) -> torch.device:
@@ -80,20 +125,9 @@ class Engine:
     def is_main(self) -> bool:
         return self._accelerator.is_main_process
 
-    @property
-    def shards_weights(self) -> bool:
-        """Whether weights are spread over the processes (ZeRO-3)."""
-        return False
-
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self._accelerator.wait_for_everyone()
-
-    def session(self, model: nn.Module, run: RunConfig) -> Session:
-        return Session(self._accelerator, model, run)
-
-    def autocast(self) -> Any:
-        return self._accelerator.autocast()
 
     def share(self, items: Sequence[int]) -> Sequence[int]:
         """This rank's part of a list; the parts of all ranks in rank order are the list."""
@@ -149,6 +183,15 @@ class Engine:
 
     def finish(self) -> None:
         self._accelerator.end_training()
+
+
+def _deepspeed() -> Any:
+    """The module that knows DeepSpeed, whose import takes seconds, where the launch asks for it."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return None
+    from scalefl.engine import zero
+
+    return zero
 
 
 def _check_environment() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,18 +12,17 @@ from torch import Tensor, nn
 
 from scalefl.config.options import RunConfig
 from scalefl.contracts import State
-from scalefl.engine.optimizers import make_optimizer
+from scalefl.engine.optimizers import forget, make_optimizer
 
 
 class Session:
-    """One model and optimizer, prepared once and used for one client after another."""
+    """One process, or one of several under DDP."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, run: RunConfig) -> None:
         self._accelerator, self._run = accelerator, run
-        self._module = model.to(accelerator.device)
-        self._trainable = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(self._trainable.values(), run)
-        self._model, self._optimizer = accelerator.prepare(self._module, optimizer)
+        self._model, self._optimizer = accelerator.prepare(model, optimizer)
         self._model.train()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -30,7 +31,7 @@ class Session:
             for name, parameter in self._trainable.items():
                 parameter.copy_(state[name])
         self._optimizer.zero_grad(set_to_none=True)
-        self._optimizer.optimizer.state.clear()
+        forget(self._optimizer.optimizer)
 
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], denominator: int, lr: float) -> None:
         """One optimizer step over this rank's micro-batches.
@@ -40,28 +41,50 @@ class Session:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scale = self._accelerator.num_processes / denominator  # DDP averages over ranks; we want the sum
+        scale = self._accelerator.num_processes / denominator  # engines average over ranks; we want the sum
         for number, loss in enumerate(losses, start=1):
-            if number < len(losses):
-                with self._accelerator.no_sync(self._model):
-                    self._accelerator.backward(self._forward(loss) * scale)
-            else:
-                self._accelerator.backward(self._forward(loss) * scale)
+            last = number == len(losses)
+            with contextlib.nullcontext() if last else self._without_sync():
+                with self._accelerator.autocast():
+                    value = loss(self._model) * scale
+                self._backward(value, last)
+        self._update()
+
+    def _without_sync(self) -> Any:
+        """Within, gradients add up on each rank and do not travel."""
+        return self._accelerator.no_sync(self._model)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        self._accelerator.backward(loss)
+
+    def _update(self) -> None:
         if self._run.max_grad_norm is not None:
             self._accelerator.clip_grad_norm_(self._trainable.values(), self._run.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, loss: Callable[[nn.Module], Tensor]) -> Tensor:
-        with self._accelerator.autocast():
-            return loss(self._model)
-
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self._accelerator.reduce(values, reduction="sum")
 
     def delta(self, sent: Mapping[str, Tensor]) -> State:
-        """Trained minus sent, fp32 on the CPU."""
+        """Trained minus sent, fp32 on the CPU; on ranks other than 0 empty."""
+        if not self._accelerator.is_main_process:
+            return {}
         return {name: p.detach().to("cpu", torch.float32) - sent[name] for name, p in self._trainable.items()}
 
     def close(self) -> None:
+        forget(self._optimizer.optimizer)
         self._accelerator.free_memory(self._model, self._optimizer)
+
+
+def hide_frozen(model: nn.Module) -> None:
+    """Make frozen parameters plain tensors, in place.
+
+    DDP and DeepSpeed send every parameter they see around at start, and DeepSpeed cannot send strided views;
+    frozen weights are the store's, and the same on every rank already.
+    """
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not parameter.requires_grad:
+                del module._parameters[name]
+                setattr(module, name, parameter.data)

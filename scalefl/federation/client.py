@@ -70,7 +70,7 @@ class ClientTrainer:
         return ClientUpdate(
             client=task.client,
             level=task.level,
-            delta=session.delta(sent) if self.engine.is_main else {},
+            delta=session.delta(sent),
             num_examples=len(task.example_ids),
             metrics={
                 "loss": loss.of_all_steps(),

@@ -29,7 +29,7 @@ class Sequential:
         ordered = self.order(tasks)
         for level in dict.fromkeys(task.level for task in ordered):
             sent = self._store.models.level_state(level, global_state)
-            model: Any = self._store.submodel(level, global_state, own=True)
+            model: Any = self._store.submodel(level, global_state, own=True, place=engine.place)
             run = self._trainer.run
             if run.gradient_checkpointing and level in (run.checkpointing_levels or (level,)):
                 model.activation_checkpointing_enable()
