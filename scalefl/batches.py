@@ -22,6 +22,9 @@ Ids = Sequence[int] | np.ndarray
 MAX_SHIFT = 0.06
 """Largest shift of an augmented image, as a share of its side."""
 
+MAX_STRETCH = 50
+"""Most batches among which examples move to meet others of their length."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -68,17 +71,31 @@ class Candidates:
 
 
 class Batcher:
-    """Builds batches of one data set for one processor; images are held as uint8 and normalised per batch."""
+    """Builds batches of one data set for one processor; images are held as uint8 and normalised per batch.
+
+    With `features`, what a frozen tower said of each image (T, F), `pixels` are not read and may be empty.
+    """
 
     def __init__(
-        self, processor: Any, examples: Sequence[Example], pixels: Mapping[str, Tensor], device: torch.device
+        self,
+        processor: Any,
+        examples: Sequence[Example],
+        pixels: Mapping[str, Tensor],
+        device: torch.device,
+        features: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._processor, self.examples, self._pixels, self._device = processor, examples, pixels, device
+        self._features = features
         self._prompt = functools.cache(processor.encode_question)
         self._answer = functools.cache(processor.encode_answer)
 
     def num_answer_tokens(self, ids: Ids) -> int:
         return sum(len(self._answer(self.examples[i].answer)) for i in ids)
+
+    def lengths(self, ids: Ids) -> list[int]:
+        """Tokens of prompt and answer, which are a row of a training batch before padding."""
+        shown = [self.examples[i] for i in ids]
+        return [len(self._prompt(e.question)) + len(self._answer(e.answer)) for e in shown]
 
     def training(self, ids: Ids, shifts: np.ndarray | None = None) -> Batch:
         """Prompts with answers, right-padded; the causal mask alone keeps padding from mattering.
@@ -107,7 +124,7 @@ class Batcher:
             steps += range(len(answer))
         inputs = {
             "input_ids": self._padded(rows, length),
-            "pixel_values": self._images(shown, shifts if len(ids) else None),
+            **self._images(shown, shifts if len(ids) else None),
             "predict_at": torch.tensor(predict_at, dtype=torch.long),
         }
         return Batch(
@@ -137,19 +154,19 @@ class Batcher:
             "input_ids": input_ids,
             "attention_mask": mask.unsqueeze(1),
             "position_ids": position,
-            "pixel_values": self._images(ids, None),
+            **self._images(ids, None),
             "predict_at": torch.tensor(predict_at),
         }
         return {name: value.to(self._device) for name, value in inputs.items()}
 
     def prompts(self, ids: Ids) -> dict[str, Tensor]:
-        """Left-padded prompts and pixels for `generate`."""
+        """Left-padded prompts and images for `generate`."""
         rows = [self._prompt(self.examples[i].question) for i in ids]
         length, pad = max(map(len, rows)), self._processor.tokenizer.pad_token_id
         inputs = {
             "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
-            "pixel_values": self._images(ids, None),
+            **self._images(ids, None),
         }
         return {name: value.to(self._device) for name, value in inputs.items()}
 
@@ -157,13 +174,20 @@ class Batcher:
         pad = self._processor.tokenizer.pad_token_id
         return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.long)
 
-    def _images(self, ids: Ids, shifts: np.ndarray | None) -> Tensor:
-        images = [self._pixels[self.examples[i].image_key] for i in ids]
+    def _images(self, ids: Ids, shifts: np.ndarray | None) -> dict[str, Tensor]:
+        """The model's argument that holds the images."""
+        keys = [self.examples[i].image_key for i in ids]
+        if self._features is not None:
+            if shifts is not None:
+                raise ValueError("augmentation moves pixels, but these batches hold features; turn one off.")
+            with torch.autocast("cpu", enabled=False):  # to bf16 it refuses to stack rows of fp16
+                return {"image_features": torch.stack([self._features[key] for key in keys])}
+        images = [self._pixels[key] for key in keys]
         if shifts is not None:
             images = [_shifted(image, *row) for image, row in zip(images, shifts, strict=True)]
         if len({image.shape[0] for image in images}) > 1:  # grey beside colour
             images = [image.expand(3, -1, -1) for image in images]
-        return self._processor.normalise(torch.stack(images))
+        return {"pixel_values": self._processor.normalise(torch.stack(images))}
 
 
 def _shifted(image: Tensor, mirrored: float, down: float, right: float) -> Tensor:
@@ -191,13 +215,16 @@ def step_order(
     local_steps: int | None,
     balanced: bool,
     rng: np.random.Generator,
+    lengths: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """The examples of each optimizer step: shuffled epochs whose last batch may be smaller.
 
     No example is repeated or dropped within an epoch, unless `balanced`: then an epoch draws as many examples
-    with replacement, each label equally often in expectation.
+    with replacement, each label equally often in expectation. With `lengths`, one for each of `ids`, examples
+    of similar length share a batch.
     """
     pool = np.asarray(ids)
+    length_of = None if lengths is None else dict(zip(ids, lengths, strict=True))
     weights = None
     if balanced:
         of_label: dict[int | None, int] = {}
@@ -210,5 +237,27 @@ def step_order(
         local_steps if local_steps is not None else num_epoch * -(-len(pool) // batch_size)
     ):
         epoch = rng.permutation(pool) if weights is None else rng.choice(pool, size=len(pool), p=weights)
-        steps += [epoch[start : start + batch_size] for start in range(0, len(pool), batch_size)]
+        batches = [epoch[start : start + batch_size] for start in range(0, len(pool), batch_size)]
+        steps += batches if length_of is None else _bucketed(batches, length_of, rng)
     return steps[:local_steps]
+
+
+def _bucketed(
+    batches: Sequence[np.ndarray], length_of: Mapping[int, int], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """An epoch's batches, refilled by length and in random order.
+
+    Examples move within stretches of half the epoch, or 50 batches if that is less, so that others meet in
+    the next epoch. A smaller last batch stays as it is. Sorting is the best division of a stretch: there is
+    never more padding than before. Where the answer decides the length, batches cluster by answer.
+    Source: the LengthGroupedSampler of transformers, whose stretches are quarters.
+    """
+    whole = len(batches) - (len(batches[-1]) < len(batches[0]))
+    stretch = min(MAX_STRETCH, max(1, -(-whole // 2)))
+    refilled: list[np.ndarray] = []
+    for start in range(0, whole, stretch):
+        part = batches[start : min(start + stretch, whole)]
+        examples = np.concatenate(part)
+        order = np.argsort([length_of[i] for i in examples], kind="stable")
+        refilled += np.split(examples[order], len(part))
+    return [refilled[i] for i in rng.permutation(whole)] + list(batches[whole:])

@@ -89,7 +89,8 @@ def plain_client(
             optimizer.param_groups[0]["lr"] = run.lr * min(1, number / run.warmup_steps)
         batch = batcher.training(ids)
         optimizer.zero_grad()
-        logits = model(**batch.inputs).exit_logits
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.precision == "bf16"):
+            logits = [exit_nv.float() for exit_nv in model(**batch.inputs).exit_logits]
         vocab = logits[0].shape[-1]
         bias = 0.0 if answers is None else plain_bias(batcher, ids, task, answers, vocab)
         plain_loss(logits, batch.targets, gamma, run.KD_T, bias).backward()
@@ -151,11 +152,12 @@ def place(name: str, shape: Sequence[int], before: State, depth: int) -> Any:
 class OneClient:
     """A client's training as the round loop sets it up, in the first and only round."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        forget_launch()
-        self.fed = federation(
-            folder, **{"logit_adjustment": "off", "num_rounds": 1, "KD_start": 0.0} | options
-        )
+    def __init__(
+        self, folder: Path, sections: Any = None, forget: Any = forget_launch, **options: Any
+    ) -> None:
+        forget()
+        options = {"logit_adjustment": "off", "num_rounds": 1, "KD_start": 0.0} | options
+        self.fed = federation(folder, sections, **options)
         self.run, self.engine, self.state = self.fed.run, self.fed.engine, self.fed.initial_state
         self.batcher = self.fed.batchers["train"]
         self.answers = self.fed.answer_ids if self.fed.adjusts_logits else None
@@ -174,7 +176,7 @@ class OneClient:
         return ClientTask(client=client, level=LEVEL, round=1, example_ids=ids)
 
     def session(self) -> Any:
-        model: Any = self.fed.store.submodel(LEVEL, self.state, own=True)
+        model: Any = self.fed.store.submodel(LEVEL, self.state, own=True, place=self.engine.place)
         if self.run.gradient_checkpointing:
             model.activation_checkpointing_enable()
         return self.engine.session(model, self.run)

@@ -159,11 +159,11 @@ def environment(**changes: str) -> dict[str, str]:
 class Job:
     """A command as a process of its own, its output in a file; leaving the block ends what is left of it."""
 
-    def __init__(self, folder: Path, command: Sequence[str], **variables: str) -> None:
+    def __init__(self, folder: Path, command: Sequence[str], module: bool = True, **variables: str) -> None:
         self.folder, self._output = folder, folder / "output.txt"
         with open(self._output, "w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [sys.executable, *(["-m"] if module else []), *command],
                 env=environment(**variables),
                 stdout=output,
                 stderr=subprocess.STDOUT,

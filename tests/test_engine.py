@@ -109,8 +109,8 @@ def test_a_batch_is_shared_equally_or_refused(tmp_path):
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N",
         ),
         (
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
-            "expected one process or DDP (accelerate launch --multi_gpu,",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
+            "ACCELERATE_USE_CPU=true turns DeepSpeed off without a word; expected a launch without",
         ),
     ],
 )

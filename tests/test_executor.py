@@ -47,10 +47,10 @@ def test_a_submodel_is_built_once_per_level_and_round(tmp_path, monkeypatch, tun
     built = []
     submodel = Store.submodel
 
-    def count(self, level, state, *, own):
+    def count(self, level, state, *, own, place=None):
         if own:
             built.append(level)
-        return submodel(self, level, state, own=own)
+        return submodel(self, level, state, own=own, place=place)
 
     monkeypatch.setattr(Store, "submodel", count)
     run_folder = start(tmp_path, num_clients=6, num_rounds=3, tuning=tuning)

@@ -19,7 +19,6 @@ from scalefl.contracts import InputError, State
 from scalefl.engine.optimizers import check_optimizer
 from scalefl.engine.session import Session, hide_frozen
 
-
 PROCESS_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: longer than one of them takes to read or quantise a base."""
 

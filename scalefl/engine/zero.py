@@ -40,8 +40,8 @@ def accelerator_arguments(run: RunConfig, use_gpu: bool, timeout: timedelta) -> 
         )
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         raise InputError(
-            "launch: ACCELERATE_USE_CPU=true turns DeepSpeed off without a word; expected a launch without it "
-            "(DeepSpeed takes the CPU where there is no GPU)."
+            "launch: ACCELERATE_USE_CPU=true turns DeepSpeed off without a word; expected a launch without "
+            "it (DeepSpeed takes the CPU where there is no GPU)."
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer but its own
     handlers = []

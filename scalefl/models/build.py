@@ -195,9 +195,9 @@ class GlobalModel:
     def _check_blocks(self) -> None:
         if self._run.quantization != "nf4":
             return
-        for name, shape in self.models.base_shapes.items():
-            columns = shape[0] if self._transposed(name) else shape[-1]
-            if self._is_quantised(name) and columns % 64:
+        for name in filter(self._is_quantised, self.models.base_shapes):
+            columns = self.models.base_shapes[name][0 if self._transposed(name) else 1]
+            if columns % 64:
                 raise InputError(
                     f"--quantization nf4: {name} has {columns} weights in a row; expected a multiple of 64, "
                     "which share scales; use int8 or none, or another hidden_size."

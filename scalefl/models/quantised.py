@@ -47,7 +47,7 @@ class QuantisedWeight:
     transposed: bool
     tensors: Mapping[str, Tensor]
     """nf4: `packed` (R, C/2) uint8 and `scales` (R, C/64) fp32, or under double quantisation uint8 with
-    `nested` (ceil(R C / 64 / 256)) fp32 and `offset` () fp32. int8: `packed` (O, I), `scales` (O) fp32.
+    `nested` (ceil(R C / 64 / 256)) fp32 and `offset` (1) fp32. int8: `packed` (O, I), `scales` (O) fp32.
     """
 
     @property
@@ -96,7 +96,7 @@ def quantise(weight: Tensor, kind: str, *, transposed: bool, double_quant: bool)
     )
     tensors = {"packed": packed.view(rows, columns // 2), "scales": state.absmax.view(rows, columns // BLOCK)}
     if double_quant:
-        tensors |= {"nested": state.state2.absmax, "offset": state.offset}
+        tensors |= {"nested": state.state2.absmax, "offset": state.offset.reshape(1)}
     return QuantisedWeight(kind=kind, transposed=transposed, tensors=tensors)
 
 
