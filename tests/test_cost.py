@@ -60,7 +60,7 @@ def example(length, predicted):
 def test_costs_are_those_of_the_sums_by_hand(tmp_path, length, predicted):
     store = federation(tmp_path).store
     for level in (1, 2):
-        cost = level_cost(store, level, example(length, predicted))
+        cost = level_cost(store.models, level, example(length, predicted))
         assert cost.macs == macs(level, length, predicted)
         assert cost.parameters == cost.trainable == parameters(level)
         assert cost.bytes_each_way == 4 * parameters(level)
@@ -68,10 +68,10 @@ def test_costs_are_those_of_the_sums_by_hand(tmp_path, length, predicted):
 
 def test_under_lora_only_adapters_projector_and_the_earlier_exits_norm_train(tmp_path):
     """Rank 4 on q and v, whose inputs are whole. Level 1's one norm is that exit's."""
-    store = federation(tmp_path, tuning="lora").store
+    store = federation(tmp_path, tuning="lora", feature_cache="off").store
     for level, heads, layers in ((1, 1, 1), (2, 2, 2)):
         adapters = layers * 2 * 4 * (EMBED + heads * HEAD_DIM)
-        cost = level_cost(store, level, example(65, 4))
+        cost = level_cost(store.models, level, example(65, 4))
         assert cost.trainable == adapters + (4 * EMBED + 1) * EMBED + EMBED
         assert cost.bytes_each_way == 4 * cost.trainable
         whole_tower = (2 * EMBED + 1) * (24 - KEPT[level]["ffn"])  # frozen, it is not cut
@@ -80,9 +80,9 @@ def test_under_lora_only_adapters_projector_and_the_earlier_exits_norm_train(tmp
 
 def test_longer_prompts_and_larger_levels_cost_more(tmp_path):
     store = federation(tmp_path).store
-    by_length = [level_cost(store, 2, example(length, 4)).macs for length in (30, 31, 62, 120)]
+    by_length = [level_cost(store.models, 2, example(length, 4)).macs for length in (30, 31, 62, 120)]
     assert by_length == sorted(set(by_length))
-    small, large = (level_cost(store, level, example(65, 4)) for level in (1, 2))
+    small, large = (level_cost(store.models, level, example(65, 4)) for level in (1, 2))
     for name in ("macs", "parameters", "trainable", "bytes_each_way"):
         assert getattr(small, name) < getattr(large, name)
 

@@ -123,7 +123,7 @@ def test_the_tokenizer_is_the_checkpoints(capsys, trained, elsewhere, monkeypatc
 def test_a_level_is_evaluated_on_the_engines_device_alone(tmp_path, monkeypatch, tuning):
     """Of an engine on the meta device; the trainable state comes from the CPU, as in a run."""
     monkeypatch.setattr(Engine, "device", torch.device("meta"))
-    fed = federation(tmp_path, tuning=tuning)
+    fed = federation(tmp_path, tuning=tuning, feature_cache="off")  # which the meta device cannot fill
     devices = []
 
     def look(self, model, ids):

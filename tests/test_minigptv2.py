@@ -1,5 +1,6 @@
 """Laws of the model: generation, scoring, loss, padding, initial weights, gradients."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -161,6 +162,97 @@ def test_an_earlier_exit_is_the_same_alone_and_among_all(model: Any) -> None:
             )
             at = alone.logits.flatten(0, 1)[batch.inputs["predict_at"]]
             torch.testing.assert_close(exits[exit - 1], at, **FP32)
+
+
+@pytest.fixture
+def features(model: Any) -> Tensor:
+    """What the tower says of the images of three examples."""
+    with torch.no_grad():
+        return model.vision_features(batcher().prompts([0, 1, 2])["pixel_values"])
+
+
+def with_features(inputs: Mapping[str, Tensor], features: Tensor) -> dict[str, Any]:
+    return {n: v for n, v in inputs.items() if n != "pixel_values"} | {"image_features": features}
+
+
+def test_features_in_place_of_pixels_are_the_same_to_every_use(model: Any, features: Tensor) -> None:
+    """Logits, the loss and packed scores bit for bit; generation with and without a cache."""
+    data = batcher()
+    assert features.shape == (3, 4, 4 * 32)
+    prompts = data.prompts([0, 1, 2])
+    with torch.no_grad():
+        for inputs in (data.training([0, 1, 2]).inputs, data.scoring([0, 1, 2], CANDIDATES)):
+            expected, got = model(**inputs), model(**with_features(inputs, features))
+            pairs = zip(expected.exit_logits, got.exit_logits, strict=True)
+            assert all(torch.equal(right, mine) for right, mine in pairs)
+        expected = model(**prompts, labels=prompts["input_ids"])
+        got = model(**with_features(prompts, features), labels=prompts["input_ids"])
+    assert torch.equal(got.logits, expected.logits) and torch.equal(got.loss, expected.loss)
+    for use_cache in (True, False):
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
+        for exit in (1, 3):
+            texts = model.generate(**prompts, exit=exit, **options)
+            assert torch.equal(
+                model.generate(**with_features(prompts, features), exit=exit, **options), texts
+            )
+
+
+def test_an_image_is_given_once(model: Any, features: Tensor) -> None:
+    inputs = batcher().training([0, 1, 2]).inputs
+    with pytest.raises(ValueError, match="pixel_values or image_features, not both"):
+        model(**inputs, image_features=features)
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[:2], lambda x: x[:, :3]], ids=["images", "tokens"])
+def test_features_and_their_places_in_the_prompts_must_agree(
+    model: Any, features: Tensor, cut: Callable[[Tensor], Tensor]
+) -> None:
+    inputs = with_features(batcher().training([0, 1, 2]).inputs, cut(features))
+    with pytest.raises(ValueError, match=r"12 image tokens in input_ids, \d+ in image_features"):
+        model(**inputs)
+
+
+def test_a_model_without_its_tower_knows_images_by_their_features(model: Any, features: Tensor) -> None:
+    """Scales of the tower's layers go with it."""
+    built = build_store()
+    for part in built.store.models.slices.values():
+        part.config.input_scales = {"vision_model.encoder.layers.0.mlp.fc2": 2.0, "projector": 0.5}
+    bare: Any = whole_model(built)
+    FAMILY.drop_vision(bare)
+    bare.apply_input_scales()
+    assert not [name for name, _ in bare.named_parameters() if FAMILY.is_vision(name)]
+    inputs = batcher().training([0, 1, 2]).inputs
+    with pytest.raises(ValueError, match="tower was dropped; give image_features"):
+        bare(**inputs)
+    with torch.no_grad():
+        expected = model(**with_features(inputs, features * 0.5)).exit_logits
+        got = bare(**with_features(inputs, features)).exit_logits
+    assert all(torch.equal(right, mine) for right, mine in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tower_and_features_may_have_another_type_than_the_rest(
+    model: Any, features: Tensor, dtype: torch.dtype
+) -> None:
+    """The projector reads them in its own type; under autocast in autocast's."""
+    inputs = batcher().training([0, 1, 2]).inputs
+    narrow, widened = (with_features(inputs, f) for f in (features.to(dtype), features.to(dtype).float()))
+    with torch.no_grad():
+        assert torch.equal(model(**narrow).exit_logits[-1], model(**widened).exit_logits[-1])
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model.image_embeds(features.to(dtype))
+            assert got.dtype == torch.bfloat16
+            assert torch.equal(got, model.image_embeds(features.to(dtype).bfloat16()))
+        half: Any = whole_model(build_store())
+        half.vision_model.to(dtype)
+        by_pixels = half(**inputs).exit_logits[-1]
+        half_features = half.vision_features(inputs["pixel_values"])
+        assert half_features.dtype == dtype
+        by_features = half(**with_features(inputs, half_features))
+        assert by_pixels.dtype == torch.float32 and torch.equal(by_features.exit_logits[-1], by_pixels)
+        with torch.autocast("cpu", torch.bfloat16):  # as a run in bf16 does, whatever the tower is held in
+            assert torch.equal(half.vision_features(inputs["pixel_values"]), half_features)
+    torch.testing.assert_close(half_features.float(), features, rtol=0, atol=0.05)  # 2^-8 of up to 4, twice
 
 
 @pytest.mark.parametrize("exit", [0, -1, 4])

@@ -80,7 +80,7 @@ def test_forward_loss_and_gradients_are_upstreams() -> None:
     close = {"rtol": 1e-4, "atol": 1e-4}
     with torch.no_grad():
         vit = model.vision_model.encoder(inputs_embeds=model.vision_model.embeddings(expected["image"]))
-        image_embeds = model.image_embeds(expected["image"])
+        image_embeds = model.image_embeds(model.vision_features(expected["image"]))
     torch.testing.assert_close(vit.last_hidden_state, expected["vit_out"], **close)  # before ln_vision
     torch.testing.assert_close(image_embeds, expected["image_embeds"], **close)
     ids = expected["input_ids"].masked_fill(expected["input_ids"] == -200, model.config.image_token_id)

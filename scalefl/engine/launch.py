@@ -104,9 +104,9 @@ class Engine:
 
     def autocast(self) -> Any:
         """The run's precision, for what is computed outside sessions."""
-        return torch.autocast(
-            self.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
-        )
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast_dtype)
 
     @property
     def device(self) -> torch.device:

@@ -165,8 +165,9 @@ def _features(
     if run.feature_cache == "off" or not run.freeze_vit or moves_pixels:
         return None
     family, model = store.models.family, store.vision_tower()
-    weights = [(name, p) for name, p in model.named_parameters() if family.is_vision(name)]
-    computed_in = DTYPES["bf16"] if run.precision == "bf16" else weights[0][1].dtype
+    weights = {name: p for name, p in model.named_parameters() if family.is_vision(name)}
+    held_in = next(iter(weights.values())).dtype
+    computed_in = DTYPES[run.precision] if held_in == DTYPES["fp32"] else held_in
 
     def encode(pixels_bchw: Tensor) -> Tensor:
         with torch.inference_mode(), engine.autocast():

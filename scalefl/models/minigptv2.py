@@ -8,6 +8,7 @@ hidden), D text hidden, V vocabulary, N predicted positions.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +101,9 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MiniGPTv2Config) -> None:
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
-        self.vision_model = Blip2VisionModel(vision)
-        self.vision_model.post_layernorm.eps = config.ln_vision_eps
+        tower = Blip2VisionModel(vision)
+        tower.post_layernorm.eps = config.ln_vision_eps
+        self.vision_model: Blip2VisionModel | None = tower
         self.projector = nn.Linear(PATCHES_PER_TOKEN * vision.hidden_size, text.hidden_size)
         self.language_model = LlamaForCausalLM(text)
         earlier = config.exit_layers[:-1]
@@ -146,9 +148,15 @@ class MiniGPTv2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "MiniGPTv2: pixel_values, but the vision tower was dropped; give image_features."
             )
-        pixel_values = pixel_values.to(self.vision_model.embeddings.patch_embedding.weight.dtype)
-        patches_bpd = self.vision_model(pixel_values).last_hidden_state[:, 1:]
-        return patches_bpd.unflatten(1, (-1, PATCHES_PER_TOKEN)).flatten(2)
+        weight = self.vision_model.embeddings.patch_embedding.weight
+        half = weight.dtype in (torch.float16, torch.bfloat16) and not weight.is_meta
+        # A tower in half precision computes in its own: upstream joins tensors, and autocast to another type
+        # refuses to join two kinds of half.
+        with torch.autocast(weight.device.type, weight.dtype) if half else contextlib.nullcontext():
+            patches_bpd = self.vision_model(pixel_values.to(weight.dtype)).last_hidden_state[:, 1:]
+        patches_bpd = patches_bpd.to(weight.dtype) if half else patches_bpd
+        # Contiguous as rows of a cache are: the last bits of the projector's sums depend on it.
+        return patches_bpd.unflatten(1, (-1, PATCHES_PER_TOKEN)).flatten(2).contiguous()
 
     def image_embeds(self, features_btf: Tensor) -> Tensor:
         """Features of images -> image tokens (B, T, D)."""
@@ -268,7 +276,7 @@ AutoModelForImageTextToText.register(MiniGPTv2Config, MiniGPTv2ForConditionalGen
 AutoProcessor.register(MiniGPTv2Config, MiniGPTv2Processor)
 
 
-_VISION = f"{VISION_PREFIX}encoder.layers.*"
+_VISION = "vision_model.encoder.layers.*"
 _TEXT = "language_model.model.layers.*"
 LAYOUTS = (
     ("vision_model.embeddings.class_embedding", "1 1 vision_embed"),
