@@ -19,7 +19,7 @@ install project .
 
 # Smaller weights: nf4, double_quant. Smaller activations: bf16, gradient_checkpointing, one example a pass.
 # The vision tower runs once per image (feature_cache); 8-bit state of the optimizer pages to the host.
-exec "$venv/bin/accelerate" launch --config_file "$root/accelerate_configs/single_gpu.yaml" -m scalefl train \
+exec "$venv/bin/python" -m scalefl train \
     --cfg_path minigpt_v2 --init_from "$model" --data_root "$data" --tuning lora \
     --quantization nf4 --double_quant --precision bf16 --gradient_checkpointing --feature_cache file \
     --optimizer paged_adamw_8bit --micro_batch_size 1 --batch_size 8 \

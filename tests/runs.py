@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,7 +164,7 @@ class Job:
         self.folder, self._output = folder, folder / "output.txt"
         with open(self._output, "w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *(["-m"] if module else []), *command],
+                [sys.executable, *command],
                 env=environment(**variables),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -202,3 +203,22 @@ class Job:
 
     def end(self, seconds: float = 120.0) -> int:
         return self.process.wait(timeout=seconds)
+
+
+def launched(folder: Path, launch: str, command: Sequence[str]) -> Job:
+    """`python COMMAND`, or two such processes under "ddp" or one of ds_configs/."""
+    root = Path(__file__).resolve().parents[1]
+    variables = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    if launch == "single":
+        return Job(folder, command, **variables)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
+    if launch == "ddp":
+        return Job(folder, [*launcher, "--multi_gpu", *command], ACCELERATE_USE_CPU="true", **variables)
+    config = json.loads((root / "ds_configs" / f"{launch}.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else so small a model stays whole
+    (folder / "ds.json").write_text(json.dumps(config))
+    zero = ["--use_deepspeed", "--deepspeed_config_file", str(folder / "ds.json")]
+    return Job(folder, [*launcher, *zero, *command], **variables)

@@ -1,8 +1,10 @@
 """One client on a session equals a plain PyTorch loop, whoever was trained on the session before."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from runs import arguments, environment, largest_difference, same_bits
 from scalefl.contracts import InputError
 from scalefl.federation.client import micro_batch_size
 
+ROOT = Path(__file__).resolve().parents[1]
 LORA = {"tuning": "lora", "lora_r": 4, "optimizer": "sgd", "lr": 0.05}
 
 SUM_ORDER = 2e-6
@@ -100,24 +103,60 @@ def test_a_batch_is_shared_equally_or_refused(tmp_path):
         assert str(refusal.value) == line
 
 
+DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json",
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"},
+}
+ZERO = {"zero_optimization": {"stage": 2}}
+
+
 @pytest.mark.parametrize(
-    ("launch", "words"),
+    ("launch", "config", "words"),
     [
         (
             {"WORLD_SIZE": "2"},
-            "WORLD_SIZE is 2, but RANK and MASTER_ADDR not set; unset it for one process, or start all with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N",
+            None,
+            "launch: WORLD_SIZE is 2, but RANK and MASTER_ADDR not set; unset it for one process, or start "
+            "all with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N",
         ),
         (
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
-            "ACCELERATE_USE_CPU=true turns DeepSpeed off without a word; expected a launch without",
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            None,
+            "launch: ACCELERATE_USE_DEEPSPEED is true, but RANK and",
         ),
+        (
+            DEEPSPEED | {"ACCELERATE_USE_CPU": "true"},
+            ZERO,
+            "launch: ACCELERATE_USE_CPU=true turns DeepSpeed off",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            None,
+            "launch: mixed_precision bf16, but --precision is fp32;",
+        ),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            None,
+            "launch: gradient_accumulation_steps 4; expected",
+        ),
+        (DEEPSPEED, None, "ds.json: cannot read this DeepSpeed config ([Errno 2] No such file or directory"),
+        (
+            DEEPSPEED,
+            {"zero_optimization": {}},
+            "ds.json: zero_optimization.stage: got None; expected 1, 2 or 3.",
+        ),
+        (DEEPSPEED, ZERO | {"optimizer": {}, "bf16": {}}, "ds.json: optimizer, bf16: the run decides this"),
+        (DEEPSPEED, [1], "ds.json: expected a JSON object, such as that of ds_configs/zero2.json."),
     ],
 )
-def test_a_wrong_launch_is_refused_at_once(tmp_path, launch, words):
+def test_a_wrong_launch_is_refused_at_once(tmp_path, launch, config, words):
     command = [sys.executable, "-m", "scalefl", *arguments(tmp_path)]
-    done = subprocess.run(command, env=environment(**launch), capture_output=True, text=True, timeout=60)
+    if config is not None:
+        (tmp_path / "ds.json").write_text(json.dumps(config))
+    variables = environment(**launch, PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("scalefl: launch: ") and words in line
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("scalefl: ")]
+    assert line.startswith(f"scalefl: {words}")
     assert not (tmp_path / "run").exists()

@@ -1,13 +1,11 @@
 """Every precision and quantisation under every launch equals plain PyTorch; `matrix.py` is launched."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 from matrix import PRECISIONS, QUANTISATIONS
-from runs import Job
+from runs import launched
 
 pytestmark = pytest.mark.slow
 
@@ -34,27 +32,9 @@ FOUND: dict[str, dict] = {}
 """What the launches of this session gave."""
 
 
-def launched(folder: Path, launch: str) -> Job:
-    worker = [str(ROOT / "tests" / "matrix.py"), str(folder)]
-    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    if launch == "single":
-        return Job(folder, worker, module=False, **variables)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = ["accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
-    if launch == "ddp":
-        return Job(folder, [*command, "--multi_gpu", *worker], ACCELERATE_USE_CPU="true", **variables)
-    config = json.loads((ROOT / "ds_configs" / f"{launch}.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else so small a model stays whole
-    (folder / "ds.json").write_text(json.dumps(config))
-    deepspeed = ["--use_deepspeed", "--deepspeed_config_file", str(folder / "ds.json")]
-    return Job(folder, [*command, *deepspeed, *worker], **variables)
-
-
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_every_cell(tmp_path, launch):
-    with launched(tmp_path, launch) as job:
+    with launched(tmp_path, launch, [str(ROOT / "tests" / "matrix.py"), str(tmp_path)]) as job:
         assert job.end(seconds=900) == 0, job.output
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert list(cells) == [f"{p} {q}" for p in PRECISIONS for q in QUANTISATIONS]

@@ -45,7 +45,7 @@ def test_killed_at_five_random_moments(tmp_path_factory):
     expected = start(tmp_path_factory.mktemp("expected"), **options)
     longest = (time.monotonic() - started) / 8  # five of these do not reach the end, however fast the machine
     folder = tmp_path_factory.mktemp("killed")
-    command = ["scalefl", *arguments(folder, **options)]
+    command = ["-m", "scalefl", *arguments(folder, **options)]
     moments, killed_in = random.Random(7), set()
     for _ in range(5):
         with Job(folder, command) as job:
@@ -116,7 +116,7 @@ def test_a_signal_in_evaluation(tmp_path, monkeypatch, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_exit_code_and_time_of_a_stop(tmp_path, number):
-    with Job(tmp_path, ["scalefl", *arguments(tmp_path, num_epoch=500, print_freq=5)]) as job:
+    with Job(tmp_path, ["-m", "scalefl", *arguments(tmp_path, num_epoch=500, print_freq=5)]) as job:
         job.wait_for("step 5/")
         sent = time.monotonic()
         os.kill(job.process.pid, number)

@@ -2,10 +2,9 @@
 
 import os
 import signal
-import socket
 
 import pytest
-from runs import Job, arguments, largest_difference, nearly, records, start, state
+from runs import arguments, largest_difference, launched, nearly, records, start, state
 
 from scalefl.checkpoint import load_latest
 
@@ -18,28 +17,28 @@ OPTIONS = {"batch_size": 6, "num_rounds": 2, "num_epoch": 2, "KD_start": 0.0}
 """Steps of 6 leave an uneven last step for clients of 2, 10 and 18 examples."""
 
 
-def launch(folder, **options):
+def launch(folder, engine="ddp", **options):
     """The run under `accelerate launch` with two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launcher, "--main_process_port", port, "-m", "scalefl", *arguments(folder, **options)]
-    return Job(folder, command, ACCELERATE_USE_CPU="true")
+    return launched(folder, engine, ["-m", "scalefl", *arguments(folder, **options)])
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("engine", "options"),
     [
-        {"tuning": "full", "micro_batch_size": 1},
-        {"tuning": "lora", "lora_dropout": 0.0},
+        ("ddp", {"tuning": "full", "micro_batch_size": 1}),
+        ("ddp", {"tuning": "lora", "lora_dropout": 0.0}),
+        ("zero2", {"tuning": "full", "micro_batch_size": 1}),
+        (
+            "zero3",
+            {"tuning": "full", "micro_batch_size": 1, "scoring": "generate", "gradient_checkpointing": True},
+        ),
     ],
-    ids=["full", "lora"],
 )
-def test_two_processes_equal_one(tmp_path, options):
+def test_two_processes_equal_one(tmp_path, engine, options):
+    """Adapters under every engine are in `test_matrix.py`."""
     one = start(tmp_path, **OPTIONS, **options)
     (tmp_path / "two").mkdir()
-    with launch(tmp_path / "two", **OPTIONS, **options) as job:
+    with launch(tmp_path / "two", engine, **OPTIONS, **options) as job:
         assert job.end() == 0, job.output
     two = tmp_path / "two" / "run"
     assert "2 process(es)" in job.output

@@ -46,7 +46,7 @@ class Engine:
         self._accelerator = Accelerator(
             **arguments, log_with=list(run.report_to) or None, project_dir=run.save_path
         )
-        self._check_launch(arguments["mixed_precision"])
+        self._check_launch(arguments["mixed_precision"], run.precision)
         offloaded = self._zero is not None and self._zero.offloads_optimizer(self._accelerator)
         check_optimizer(run, self.device, offloaded=offloaded)
         if self.num_processes > 1 and not use_gpu and "OMP_NUM_THREADS" not in os.environ:
@@ -54,7 +54,7 @@ class Engine:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
         self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
 
-    def _check_launch(self, precision: str) -> None:
+    def _check_launch(self, precision: str, run_precision: str) -> None:
         """What was launched must be what runs: a wrong launch trains on silently."""
         accelerator = self._accelerator
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -67,10 +67,21 @@ class Engine:
         kind = accelerator.distributed_type
         kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if kind not in ((DistributedType.DEEPSPEED,) if self._zero is not None else kinds):
-            asked = "DeepSpeed" if self._zero is not None else "one process or DDP"
+            wished = "DeepSpeed" if self._zero is not None else "one process or DDP"
             raise InputError(
-                f"launch: runs as {kind.value}; expected {asked}, as the launch asked for: "
+                f"launch: runs as {kind.value}; expected {wished}, as the launch asked for: "
                 "see the first lines of accelerate_configs/*.yaml for commands that work."
+            )
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked not in ("no", run_precision):
+            raise InputError(
+                f"launch: mixed_precision {asked}, but --precision is {run_precision}; expected precision "
+                "from --precision alone: leave mixed_precision out of the launch and its config file."
+            )
+        if accelerator.gradient_accumulation_steps != 1:
+            raise InputError(
+                f"launch: gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; expected it "
+                "left out: --micro_batch_size divides a step into passes."
             )
         if accelerator.mixed_precision != precision:
             raise RuntimeError(f"accelerate runs in {accelerator.mixed_precision}, {precision} was asked for")
@@ -184,9 +195,13 @@ class Engine:
         self._accelerator.end_training()
 
 
+def _asks_for_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
 def _deepspeed() -> Any:
     """The module that knows DeepSpeed, whose import takes seconds, where the launch asks for it."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+    if not _asks_for_deepspeed():
         return None
     from scalefl.engine import zero
 
@@ -201,6 +216,11 @@ def _check_environment() -> None:
             f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not set; "
             "unset it for one process, or start all with ACCELERATE_USE_CPU=true accelerate launch "
             "--multi_gpu --num_processes N -m scalefl ..."
+        )
+    if _asks_for_deepspeed() and missing:
+        raise InputError(
+            f"launch: ACCELERATE_USE_DEEPSPEED is true, but {' and '.join(missing)} not set; unset it, or "
+            "start with accelerate launch --config_file accelerate_configs/zero2.yaml -m scalefl ..."
         )
 
 
