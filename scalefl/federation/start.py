@@ -93,7 +93,7 @@ def _stored(
             "--base_store: got resident, but ZeRO-3 spreads weights over the processes as they are read "
             "from files; expected file or auto, or ZeRO-2."
         )
-    if not in_files:
+    if not in_files or not source.models.base_shapes:  # under full tuning there is no base
         return source.resident(engine.device), source.initial_state()
     folder = Path(run.save_path) / "base"
     if source.needs_folder and engine.is_main and not folder.is_dir():
