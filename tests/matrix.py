@@ -45,7 +45,6 @@ OPTIONS = {
     "KD_start": 0.0,
     "use_gpu": None,
     "partitioner": "iid",  # no labels to adjust for, which plain_round does not
-    "feature_cache": "off",
 }
 
 

@@ -184,7 +184,10 @@ def test_examples_weigh() -> None:
 def test_memory_of_a_merge_does_not_grow_with_clients() -> None:
     built = build_store()
     aggregator = CoverageMean(built.state, {1: built.store.models.slices[1].trainable_plan}, "examples")
+    assert not aggregator.sums, "ranks that add nothing hold nothing"
+    aggregator.add(update(built, 0, 1, 2))
     before = [tensor.data_ptr() for part in aggregator.sums.values() for tensor in part.values()]
-    for client in range(5):
+    for client in range(1, 5):
         aggregator.add(update(built, client, 1, 2))
+    assert len(before) == 2 * len(built.state)
     assert before == [tensor.data_ptr() for part in aggregator.sums.values() for tensor in part.values()]

@@ -24,12 +24,15 @@ class CoverageMean:
         self._global_state = global_state
         self._plans = plans
         self._weighting = weighting
-        self.sums: dict[str, State] = {
-            kind: {name: torch.zeros_like(value) for name, value in global_state.items()}
-            for kind in ("change", "weight")
-        }
+        self.sums: dict[str, State] = {}
+        """Empty until something is added: ranks that add nothing hold nothing."""
 
     def add(self, update: ClientUpdate) -> None:
+        if not self.sums:
+            self.sums = {
+                kind: {name: torch.zeros_like(value) for name, value in self._global_state.items()}
+                for kind in ("change", "weight")
+            }
         weight = float(update.num_examples) if self._weighting == "examples" else 1.0
         plan = self._plans[update.level]
         add_into(self.sums["change"], update.delta, plan, weight)
@@ -37,6 +40,8 @@ class CoverageMean:
 
     def finish(self) -> State:
         """The merged state; a coordinate that no client holds keeps its value."""
+        if not self.sums:
+            return dict(self._global_state)
         merged = {}
         for name, value in self._global_state.items():
             change, weight = self.sums["change"][name], self.sums["weight"][name]
