@@ -31,8 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
-        run, model_file = resolve(command.flags, command.config_file)
+        run, model_file = resolve(command.flags, *command.config_files)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
+        if command.name == "plan":
+            from scalefl.planning.command import plan
+
+            plan(run, model_file, command.plan)
+            return 0
         from scalefl.federation.run import train
 
         save_path = run.save_path

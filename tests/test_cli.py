@@ -13,6 +13,7 @@ import pytest
 from scalefl import __version__
 from scalefl.cli import main
 from scalefl.config.flags import parse
+from scalefl.config.planoptions import PLAN_KINDS
 from scalefl.config.resolve import resolve
 from scalefl.config.values import OPTION_KINDS
 from scalefl.contracts import InputError, Interrupted
@@ -20,7 +21,7 @@ from scalefl.contracts import InputError, Interrupted
 
 def run_of(*arguments: str) -> Any:
     command = parse(["train", *arguments])
-    return resolve(command.flags, command.config_file)[0]
+    return resolve(command.flags, *command.config_files)[0]
 
 
 @pytest.fixture
@@ -78,6 +79,52 @@ def test_lists_take_several_values():
     assert (run.ee_locs, run.horizontal_scale_ratios, run.report_to) == ((1, 3), (1, 2, 2, 3), ())
 
 
+def test_of_several_files_the_later_wins(tmp_path):
+    mine, assignment = tmp_path / "mine.yaml", tmp_path / "assignment.yaml"
+    mine.write_text("num_clients: 7\nseed: 3\n")
+    assignment.write_text("num_clients: 4\n")
+    files = (str(mine), str(assignment))
+    assert run_of("--config", *files).num_clients == 4
+    assert run_of("--config", *reversed(files)).num_clients == 7
+    assert run_of("--config", files[0], "--config", files[1]).num_clients == 4
+    run = run_of("--seed", "5", "--config", *files)
+    assert (run.num_clients, run.seed) == (4, 5)
+
+
+def test_a_later_file_mends_a_value_that_cannot_be_read(tmp_path, capsys):
+    """It is reported all the same, once, as a file's flaw."""
+    bad, good = tmp_path / "bad.yaml", tmp_path / "good.yaml"
+    bad.write_text("lr: fast\nsed: 1\n")
+    good.write_text("lr: 1e-3\nalpha: x\n")
+    assert main(["train", "--config", str(bad), str(good)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    named = ("bad.yaml: lr: got 'fast'", "bad.yaml: sed: unknown option", "good.yaml: alpha: got 'x'")
+    assert all(name in line for name, line in zip(named, lines, strict=True))
+
+
+def test_evaluate_takes_its_checkpoint_behind_a_file():
+    command = parse(["evaluate", "--config", "a.yaml", "checkpoint"])
+    assert command.config_files == ("a.yaml",)
+    assert command.flags["evaluate_from"] == "checkpoint"
+
+
+def test_plan_takes_a_runs_options_and_its_own():
+    command = parse(
+        ["plan", "--zero-stage", "2", "--json", "--batch-size", "8", "--search", "--client-budgets=b"]
+    )
+    assert (command.name, command.flags) == ("plan", {"batch_size": "8"})
+    plan = command.plan
+    assert (plan.zero_stage, plan.json, plan.search, plan.client_budgets) == (2, True, True, "b")
+
+
+def test_plan_has_a_flag_for_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in (*OPTION_KINDS, *PLAN_KINDS))
+
+
 def test_every_option_is_a_flag(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["train", "--help"])
@@ -117,7 +164,7 @@ def test_version(capsys):
             "evaluate nowhere",
             "nowhere/run.json: No such file or directory; expected a run folder or checkpoint ",
         ),
-        ("", "the following arguments are required: train|evaluate; see `scalefl --help`."),
+        ("", "the following arguments are required: train|evaluate|plan; see `scalefl --help`."),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(capsys, training, arguments, line):

@@ -74,9 +74,9 @@ def write(tmp_path: Path) -> Callable[[str], str]:
     return write_text
 
 
-def problems(flags: dict[str, Any], config_file: str | None = None) -> list[str]:
+def problems(flags: dict[str, Any], *config_files: str) -> list[str]:
     with pytest.raises(InputError) as refusal:
-        resolve(flags, config_file)
+        resolve(flags, *config_files)
     return str(refusal.value).splitlines()
 
 

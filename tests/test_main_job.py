@@ -93,7 +93,7 @@ def test_the_quickstart_needs_no_data_and_no_gpu():
     typed = "train --data synthetic --cfg_path tiny --num_clients 8 --num_rounds 5 --num_epoch 10"
     assert quickstart() == typed.split()
     command = parse(quickstart())
-    run, _ = resolve(command.flags, command.config_file)
+    run, _ = resolve(command.flags, *command.config_files)
     assert run.use_gpu is None and run.data_root is None and run.use_valid
 
 

@@ -3,13 +3,14 @@
 import argparse
 import ast
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from scalefl import __version__
-from scalefl.config import options
+from scalefl.config import options, planoptions
 from scalefl.config.options import GROUPS
+from scalefl.config.planoptions import PLAN_KINDS, PlanOptions, read_plan_options
 from scalefl.config.resolve import RESUME_SAVE_PATH
 from scalefl.config.values import OPTION_KINDS
 from scalefl.contracts import InputError
@@ -20,10 +21,13 @@ class Command:
     """What was typed, not yet resolved."""
 
     name: str
-    """train or evaluate."""
-    config_file: str | None
+    """train, evaluate or plan."""
+    config_files: tuple[str, ...]
+    """The later of two wins."""
     flags: dict[str, Any]
     """Option -> text, list of texts, or a switch's bool; also unknown options, which `resolve` names."""
+    plan: PlanOptions
+    """What only `plan` takes."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,13 +41,19 @@ def parse(argv: Sequence[str]) -> Command:
     """Read a command line. `--help` and `--version` print and leave by SystemExit, as argparse does."""
     typed, extra = _parser().parse_known_args([_underscored(argument) for argument in argv])
     flags = vars(typed)
-    command, config_file = flags.pop("command"), flags.pop("config", None)
+    command, config_files = flags.pop("command"), tuple(flags.pop("config", ()))
+    plan = {name: flags.pop(name) for name in PLAN_KINDS if name in flags}
     unknown = [argument.lstrip("-").partition("=")[0] for argument in extra if argument.startswith("-")]
     if extra and not unknown:
         raise InputError(
             f"got '{extra[0]}' after the options; expected --name value; see `scalefl {command} --help`."
         )
-    return Command(name=command, config_file=config_file, flags={**flags, **dict.fromkeys(unknown)})
+    return Command(
+        name=command,
+        config_files=config_files,
+        flags={**flags, **dict.fromkeys(unknown)},
+        plan=read_plan_options(plan),
+    )
 
 
 def _underscored(argument: str) -> str:
@@ -57,25 +67,32 @@ def _underscored(argument: str) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="scalefl", description="Federated fine-tuning of one model on machines that differ.")
     parser.add_argument("--version", action="version", version=f"scalefl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate|plan")
     settings: dict[str, Any] = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
     train = commands.add_parser("train", help="train, or resume a run", **settings)
     evaluate = commands.add_parser("evaluate", help="evaluate a checkpoint again", **settings)
     evaluate.add_argument("evaluate_from", metavar="CHECKPOINT", help="Folder of the checkpoint.")
-    for command in (train, evaluate):
+    plan = commands.add_parser("plan", help="predict each level's cost and memory, assign levels", **settings)
+    _add_options(plan, (PlanOptions,), PLAN_KINDS)
+    for command in (train, evaluate, plan):
         command.epilog = "Dashes and underscores are the same. The preset overrides the defaults in brackets."
-        command.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
-        _add_options(command)
+        # Behind several files, evaluate's own argument would be taken for one more.
+        several: dict[str, Any] = {"nargs": 1 if command is evaluate else "+", "action": "extend"}
+        text = "YAML files of options, of which the later wins; flags override them."
+        command.add_argument("--config", metavar="FILE", help=text, **several)
+        _add_options(command, GROUPS, OPTION_KINDS)
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(
+    parser: argparse.ArgumentParser, groups: Sequence[type[Any]], kinds: Mapping[str, Any]
+) -> None:
     helps = _docstrings()
-    for group in GROUPS:
+    for group in groups:
         title = group.__name__.removesuffix("Options").lower()
         section = parser.add_argument_group(title, group.__doc__)
         for option in fields(group):
-            kind = _without_none(OPTION_KINDS[option.name])
+            kind = _without_none(kinds[option.name])
             flag, text = f"--{option.name}", helps[option.name] + _default(option.default)
             if kind is bool:
                 section.add_argument(flag, nargs="?", const=True, metavar="0|1", help=text)
@@ -110,7 +127,8 @@ def _default(default: Any) -> str:
 def _docstrings() -> dict[str, str]:
     """Option -> the docstring under its field, which Python itself does not keep."""
     docstrings = {}
-    for node in ast.walk(ast.parse(inspect.getsource(options))):
+    source = inspect.getsource(options) + inspect.getsource(planoptions)
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
             for before, after in zip(node.body, node.body[1:], strict=False):
                 match before, after:

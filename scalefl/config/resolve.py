@@ -1,10 +1,10 @@
-"""Layers of options become one record. Later wins: defaults, preset, recipe, YAML file, flags.
+"""Layers of options become one record. Later wins: defaults, preset, recipe, YAML files, flags.
 
 A run that is resumed or evaluated starts from its own saved config in place of the first three.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,15 @@ FIXED_IN_EVALUATION = {f.name for group in (ModelOptions, LevelOptions) for f in
 """Options that say what the weights in a checkpoint mean."""
 
 
-def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[RunConfig, ModelFile]:
-    """The run that flags (option -> text, texts or value) and a YAML file of options ask for.
+def resolve(flags: Mapping[str, Any], *config_files: str) -> tuple[RunConfig, ModelFile]:
+    """The run that flags (option -> text, texts or value) and YAML files of options ask for.
 
     Raises InputError with one line per problem, all of them at once.
     """
-    from_file = read_options(
-        read_yaml(config_file) if config_file else {}, lambda name: f"{config_file}: {name}"
-    )
-    from_flags = read_options(flags, "--{}".format)
-    explicit = {**from_file.given, **from_flags.given}
-    found = from_file.problems + from_flags.problems
+    layers_read = [read_options(read_yaml(path), _named_in(path)) for path in config_files]
+    layers_read.append(read_options(flags, "--{}".format))
+    explicit = {name: given for read in layers_read for name, given in read.given.items()}
+    found = [problem for read in layers_read for problem in read.problems]
     _settle_resume(explicit)
     try:
         base, model_file = _base(explicit)
@@ -58,7 +56,7 @@ def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[R
     if run.freeze_vit is None:
         run = replace(run, freeze_vit=run.tuning == "lora")
 
-    unread = _still_unread(from_file, from_flags)
+    unread = _still_unread(layers_read)
     found += problems_of(
         run, model_file, lambda name: layers[name].where if name in layers else f"--{name}", unread
     )
@@ -66,6 +64,10 @@ def resolve(flags: Mapping[str, Any], config_file: str | None = None) -> tuple[R
     if found:
         raise InputError("\n".join(found))
     return run, model_file
+
+
+def _named_in(path: str) -> Callable[[str], str]:
+    return lambda name: f"{path}: {name}"
 
 
 def _settle_resume(explicit: dict[str, Given]) -> None:
@@ -103,8 +105,12 @@ def _recipe(base: Mapping[str, Given], explicit: Mapping[str, Given]) -> dict[st
     return {} if settled and name == lower else _layer(RECIPES[name], f"recipe {name}: ")
 
 
-def _still_unread(from_file: OptionsRead, from_flags: OptionsRead) -> set[str]:
-    return set(from_flags.unread) | (set(from_file.unread) - set(from_flags.given))
+def _still_unread(layers_read: Sequence[OptionsRead]) -> set[str]:
+    """Options whose last value could not be read."""
+    unread: set[str] = set()
+    for read in layers_read:
+        unread = (unread - set(read.given)) | set(read.unread)
+    return unread
 
 
 def _changes(run: RunConfig, explicit: Mapping[str, Given]) -> list[str]:

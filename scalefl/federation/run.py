@@ -123,7 +123,7 @@ def _print_setup(display: Display, federation: Federation) -> None:
     example = federation.batchers["train"].training([0]).inputs
     rows = []
     for level in store.models.levels:
-        spec, cost = store.models.slices[level].spec, level_cost(store, level, example)
+        spec, cost = store.models.slices[level].spec, level_cost(store.models, level, example)
         count = federation.client_levels.count(level)
         kept = " ".join(f"{axis}={units}" for axis, units in spec.kept.items())
         rows.append(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalefl.models.store import Store
+from scalefl.models.submodels import SubModels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +24,15 @@ class LevelCost:
     """Per client and round: its trainable slice in fp32."""
 
 
-def level_cost(store: Store, level: int, example: Mapping[str, Tensor]) -> LevelCost:
+def level_cost(models: SubModels, level: int, example: Mapping[str, Tensor]) -> LevelCost:
     """Cost of a level for an `example` batch of one row (keyword arguments of the model)."""
-    model = store.models.empty(level)
+    model = models.empty(level)
     on_meta = {name: tensor.to("meta") for name, tensor in example.items()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**on_meta)
     return LevelCost(
         parameters=sum(p.numel() for p in model.parameters()),
-        trainable=store.models.slice_bytes(level) // 4,
+        trainable=models.slice_bytes(level) // 4,
         macs=counter.get_total_flops() // 2,
-        bytes_each_way=store.models.slice_bytes(level),
+        bytes_each_way=models.slice_bytes(level),
     )

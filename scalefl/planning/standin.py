@@ -1,0 +1,114 @@
+"""A level's sub-model without memory: the code that trains, on tensors that have a shape and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from scalefl.config.options import RunConfig
+from scalefl.models.build import DTYPES
+from scalefl.models.quantised import BLOCK, NESTED_BLOCK, QuantisedLinear, QuantisedWeight
+from scalefl.models.submodels import SubModels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a process holds of a model all the time."""
+
+    frozen_bytes: int
+    frozen_elements: int
+    """Packed values, where they are packed."""
+    trainable: tuple[int, ...]
+    """Elements of every trainable parameter, all fp32."""
+
+    @property
+    def trainable_bytes(self) -> int:
+        return 4 * sum(self.trainable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIns:
+    """Makes stand-ins of a run's sub-models."""
+
+    models: SubModels
+    run: RunConfig
+    """Its gradient_checkpointing is that of the level."""
+    vit_dtype: torch.dtype
+    """What a frozen vision tower is held in."""
+
+    def make(self, level: int, mode: FakeTensorMode) -> Any:
+        """The sub-model that a client of this level trains, in training mode, as a store would build it."""
+        family, part = self.models.family, self.models.slices[level]
+        model: Any = self.models.empty(level)
+        with mode:
+            for name in part.trainable_plan:
+                _put(model, name, torch.empty(part.trainable_shapes[name]), requires_grad=True)
+            for name in part.base_plan:
+                shape = model.get_parameter(name).shape
+                if self.run.quantization != "none" and family.is_block_weight(name):
+                    _put_quantised(model, name, shape, self.run)
+                else:
+                    _put(model, name, torch.empty(shape, dtype=self._dtype(name)))
+            model.apply_input_scales()
+            model.rebuild_buffers()
+        # Flash attention keeps as little as PyTorch's own kernel; its package need not be here.
+        family.set_attention(model, "eager" if self.run.attn == "eager" else "sdpa")
+        if self.run.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        return model.train()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.vit_dtype if self.models.family.is_vision(name) else DTYPES[self.run.precision]
+
+
+def held_by(model: nn.Module) -> Held:
+    """What a sub-model's parameters take."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return Held(
+        frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
+        frozen_elements=sum(p.numel() for p in frozen),
+        trainable=tuple(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+class _Unpacking(QuantisedLinear):
+    """A quantised layer whose NF4 kernel, of which a stand-in knows the output alone, need not be loaded."""
+
+    def unpacked(self) -> Tensor:
+        if self.kind == "int8":
+            return super().unpacked()
+        return torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype)
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=requires_grad))
+
+
+def _put_quantised(model: nn.Module, name: str, shape: torch.Size, run: RunConfig) -> None:
+    parent_name, _, child = name.removesuffix(".weight").rpartition(".")
+    compute = run.precision if run.quant_compute_dtype == "auto" else run.quant_compute_dtype
+    layer = _Unpacking(_quantised(shape, run), DTYPES[compute])
+    setattr(model.get_submodule(parent_name), child, layer)
+
+
+def _quantised(shape: torch.Size, run: RunConfig) -> QuantisedWeight:
+    """A weight of this shape as `quantise` packs it, once it is cut."""
+    outputs, inputs = shape
+    if run.quantization == "int8":
+        tensors = {"packed": torch.empty(shape, dtype=torch.int8), "scales": torch.empty(outputs)}
+        return QuantisedWeight(kind="int8", transposed=False, tensors=tensors)
+    transposed = inputs % BLOCK > 0  # its inputs are cut, so it is packed along its outputs
+    rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
+    scales = (rows, columns // BLOCK)
+    tensors = {"packed": torch.empty(rows, columns // 2, dtype=torch.uint8), "scales": torch.empty(scales)}
+    if run.double_quant:
+        tensors["scales"] = torch.empty(scales, dtype=torch.uint8)
+        tensors["nested"] = torch.empty(-(-math.prod(scales) // NESTED_BLOCK))
+        tensors["offset"] = torch.empty(())
+    return QuantisedWeight(kind="nf4", transposed=transposed, tensors=tensors)
