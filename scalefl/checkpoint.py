@@ -88,7 +88,7 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
         _fsync(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if (number := _os_error_number(error)) is not None:
+        if (number := os_error_number(error)) is not None:
             raise OSError(number, os.strerror(number), str(target)) from error
         raise
     _prune(folder, progress, keep_last)
@@ -146,7 +146,7 @@ def _load_tensors(path: Path) -> State:
     return load_file(path)
 
 
-def _os_error_number(error: BaseException) -> int | None:
+def os_error_number(error: BaseException) -> int | None:
     """safetensors and tokenizers give the system's error, such as a full disk, in their text alone."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found and not isinstance(error, OSError) else None

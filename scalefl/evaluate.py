@@ -74,9 +74,20 @@ class Evaluator:
 
         `check_stop` is called before every batch, equally often on every rank.
         """
-        engine = self._engine
+        rows = self._rows(level, state, ids, check_stop)
+        self._engine.sweep()
+        rows = self._engine.gather(rows)
+        num_exits = self._store.models.slices[level].spec.depth
+        return [
+            asdict(self._summary(ids, [(p[e], n[e], t[e]) for p, n, t in rows])) for e in range(num_exits)
+        ]
+
+    def _rows(
+        self, level: int, state: State, ids: Sequence[int], check_stop: Callable[[], None]
+    ) -> list[Any]:
+        """This rank's examples."""
+        engine, rows = self._engine, []
         model = self._store.submodel(level, state, own=False, place=engine.place).eval()
-        rows: list[tuple[list[Any], list[float], list[int]]] = []
         share, score = engine.share(ids), self._open if self._answers is None else self._closed
         with torch.no_grad(), engine.evaluating(model), engine.autocast():
             for start in range(0, engine.largest_share(len(ids)), self._run.eval_batch_size):
@@ -85,11 +96,7 @@ class Evaluator:
                     rows += score(model, part)
                 elif engine.shards_weights:  # the other ranks need this one's part of the weights
                     score(model, ids[:1])
-        rows = self._engine.gather(rows)
-        num_exits = self._store.models.slices[level].spec.depth
-        return [
-            asdict(self._summary(ids, [(p[e], n[e], t[e]) for p, n, t in rows])) for e in range(num_exits)
-        ]
+        return rows
 
     def _closed(self, model: Any, ids: Sequence[int]) -> list[Any]:
         """Per example: (predicted label, summed nats of the true answer, its tokens) at every exit."""

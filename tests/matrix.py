@@ -5,6 +5,7 @@ adapters, of which client updates must equal those of `plain.py` on plain linear
 quantised values.
 """
 
+import gc
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ from scalefl.federation.rounds import sample_cohort
 from scalefl.federation.setup import Federation
 from scalefl.models.build import DTYPES, GlobalModel
 from scalefl.models.build import new_model as random_model
-from scalefl.models.minigptv2 import FAMILY
+from scalefl.models.minigptv2 import FAMILY, MiniGPTv2ForConditionalGeneration
 
 PRECISIONS = ("fp32", "bf16")
 QUANTISATIONS = ("none", "int8", "nf4")
@@ -60,6 +61,7 @@ def cell(folder: Path, precision: str, quantization: str) -> dict[str, Any]:
     resumed = run_to_end(
         folder / "resumed", ["train", "--resume", str(folder / "resumed" / "run"), "--num_rounds", "2"]
     )
+    alive = models_alive()
     before = fed(folder, **options)
     expected = plain_rounds(before)
     change, off = (
@@ -70,6 +72,7 @@ def cell(folder: Path, precision: str, quantization: str) -> dict[str, Any]:
         "difference": largest_difference(whole, expected),
         "relative": off / change,
         "resumed": same_bits(whole, resumed),
+        "released": alive == 0,
         "fresh": clients_do_not_see_each_other(folder / "clients", **options),
         "still": lr_zero_changes_nothing(folder / "still", **options),
     }
@@ -139,6 +142,13 @@ def rounded(weight: torch.Tensor, name: str, run: Any) -> torch.Tensor:
         values = bitsandbytes.functional.dequantize_4bit(packed, packing).to(dtype)
         return values.t().contiguous() if across else values
     return weight.to(dtype)
+
+
+def models_alive() -> int:
+    """Models of engines that are gone, which nothing may hold."""
+    gc.unfreeze()
+    gc.collect()
+    return sum(isinstance(item, MiniGPTv2ForConditionalGeneration) for item in gc.get_objects())
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def test_every_cell(tmp_path, launch):
     for name, cell in cells.items():
         precision = name.partition(" ")[0]
         assert cell["relative"] < RELATIVE[precision], (name, cell)
-        assert cell["resumed"] and cell["fresh"] and cell["still"], (name, cell)
+        assert all(cell[law] for law in ("resumed", "released", "fresh", "still")), (name, cell)
     if "zero" in launch:
         assert job.output.count("2 process(es)") >= len(cells)
     FOUND[launch] = cells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -104,14 +105,18 @@ class Engine:
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         """Within, a sub-model without an optimizer can run; under ZeRO-3 all ranks run it equally often."""
-        if not self.shards_weights:
-            yield
-            return
-        prepared = self._accelerator.prepare(model)
+        if self.shards_weights:
+            self._accelerator.prepare(model)
         try:
             yield
         finally:
-            self._zero.release(self._accelerator, prepared)
+            if self.shards_weights:
+                self._zero.release(self._accelerator)
+
+    def sweep(self) -> None:
+        """Free a model that was evaluated and let go of: ZeRO-3 leaves its share in reference cycles."""
+        if self.shards_weights:
+            gc.collect()
 
     def autocast(self) -> Any:
         """The run's precision, for what is computed outside sessions."""

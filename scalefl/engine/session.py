@@ -22,6 +22,8 @@ class Session:
         self._accelerator, self._run = accelerator, run
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(self._trainable.values(), run)
+        self._model: Any
+        self._optimizer: Any
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         self._model.train()
 
@@ -73,8 +75,10 @@ class Session:
         return {name: p.detach().to("cpu", torch.float32) - sent[name] for name, p in self._trainable.items()}
 
     def close(self) -> None:
+        """Let go of everything: prepared models sit in reference cycles, which `free_memory` collects."""
         forget(self._optimizer.optimizer)
-        self._accelerator.free_memory(self._model, self._optimizer)
+        self._trainable, self._model, self._optimizer = {}, None, None
+        self._accelerator.free_memory()
 
 
 def hide_frozen(model: nn.Module) -> None:

@@ -18,6 +18,8 @@ import deepspeed
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor, nn
 
 from scalefl.config.options import RunConfig
@@ -135,10 +137,17 @@ def shard(accelerator: Accelerator, parameter: nn.Parameter) -> None:
     )
 
 
-def release(accelerator: Accelerator, *prepared: Any) -> None:
-    """Tear an engine down. DeepSpeed keeps the modules of every ZeRO-3 engine in a list of its own."""
-    accelerator.free_memory(*prepared)
-    deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()
+def release(accelerator: Accelerator) -> None:
+    """Tear engines down, and drop what DeepSpeed 0.19 holds of ZeRO-3 engines for the life of the process.
+
+    That is a stack of modules, and a cache on a method, whose keys are coordinators and modules.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    method = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in method.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    accelerator.free_memory()
 
 
 class ZeroSession(Session):
@@ -186,4 +195,5 @@ class ZeroSession(Session):
 
     def close(self) -> None:
         forget(self._optimizer.optimizer.optimizer)
-        release(self._accelerator, self._model, self._optimizer)
+        self._trainable, self._model, self._optimizer = {}, None, None
+        release(self._accelerator)

@@ -25,21 +25,28 @@ class Sequential:
         """Train every task and yield its update as soon as it is there; on ranks other than 0 deltas are
         empty.
         """
-        engine = self._trainer.engine
         ordered = self.order(tasks)
         for level in dict.fromkeys(task.level for task in ordered):
-            sent = self._store.models.level_state(level, global_state)
-            model: Any = self._store.submodel(level, global_state, own=True, place=engine.place)
-            run = self._trainer.run
-            if run.gradient_checkpointing and level in (run.checkpointing_levels or (level,)):
-                model.activation_checkpointing_enable()
-            session = engine.session(model, run)
-            try:
-                for task in ordered:
-                    if task.level == level:
-                        yield self._train(session, task, sent, lr)
-            finally:
-                session.close()
+            yield from self._level([t for t in ordered if t.level == level], level, global_state, lr)
+
+    def _level(
+        self, tasks: Sequence[ClientTask], level: int, global_state: State, lr: float
+    ) -> Iterator[ClientUpdate]:
+        """One level's clients; its model and engine are gone before the next level's are made."""
+        sent = self._store.models.level_state(level, global_state)
+        session = self._trainer.engine.session(self._model(level, global_state), self._trainer.run)
+        try:
+            for task in tasks:
+                yield self._train(session, task, sent, lr)
+        finally:
+            session.close()
+
+    def _model(self, level: int, global_state: State) -> Any:
+        run, place = self._trainer.run, self._trainer.engine.place
+        model: Any = self._store.submodel(level, global_state, own=True, place=place)
+        if run.gradient_checkpointing and level in (run.checkpointing_levels or (level,)):
+            model.activation_checkpointing_enable()
+        return model
 
     def _train(self, session: Session, task: ClientTask, sent: State, lr: float) -> ClientUpdate:
         try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +28,12 @@ from scalefl.models.files import TensorFiles
 from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")
+
+MADE_FROM = "made_from.json"
+"""Beside a base that a run wrote for itself: what decided its bits."""
+
+DECIDE_BASE = ("tuning", "freeze_vit", "lora_targets", "precision", "quantization", "double_quant")
+"""Options that a base in files depends on, beside the model itself."""
 
 SAME_PART = ("tuning", "freeze_vit", "lora_r", "lora_alpha", "lora_targets", "ee_locs")
 """Options that decide what the trained part of a model is; it can go on only under the same ones."""
@@ -96,13 +105,47 @@ def _stored(
     if not in_files or not source.models.base_shapes:  # under full tuning there is no base
         return source.resident(engine.device), source.initial_state()
     folder = Path(run.save_path) / "base"
-    if source.needs_folder and engine.is_main and not folder.is_dir():
-        temporary = folder.with_name(".base.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        source.write(temporary, engine.device)
-        temporary.rename(folder)
+    if source.needs_folder and engine.is_main:
+        _write_base(folder, source, engine.device, _recipe(run, model_file, config, weights))
     engine.barrier()
     return source.on_disk(engine.device, folder), source.initial_state()
+
+
+def _recipe(
+    run: RunConfig, model_file: ModelFile, config: Any, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """All that decides the bits of a base in files, as JSON gives it back."""
+    drawn_or_read = weights.fingerprint() if isinstance(weights, TensorFiles) else {"seed": run.seed}
+    recipe = {
+        "arch": run.arch,
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "vit_precision": model_file.vit_precision,
+        "weights": drawn_or_read,
+        "options": {name: getattr(run, name) for name in DECIDE_BASE},
+    }
+    return json.loads(json.dumps(recipe))
+
+
+def _write_base(folder: Path, source: GlobalModel, device: torch.device, recipe: dict[str, Any]) -> None:
+    """Write a base, unless one of the same recipe is there: it is whole, for it was renamed into place.
+
+    A run that died before its first checkpoint may have left one of other options.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / MADE_FROM).read_text("utf-8")) == recipe:
+            return
+    temporary = folder.with_name(".base.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        source.write(temporary, device)
+        (temporary / MADE_FROM).write_text(json.dumps(recipe, indent=1), "utf-8")
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if (number := checkpoint.os_error_number(error)) is not None:
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def _check_attention(run: RunConfig, device: torch.device) -> None:

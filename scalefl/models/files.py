@@ -29,11 +29,11 @@ class TensorFiles(Mapping[str, Tensor]):
         self._readers: dict[str, Any] = {}
         try:
             if (folder / INDEX).is_file():
-                self._files: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+                self._files = _read_index(folder / INDEX)
             else:
                 self._files = dict.fromkeys(self._reader(SINGLE).keys(), SINGLE)
             self.shapes = {name: torch.Size(self._lazy(name).get_shape()) for name in self._files}
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise InputError(
                 f"{folder}: cannot read its weights ({error}); expected {SINGLE}, or {INDEX} and its files."
             ) from error
@@ -64,8 +64,25 @@ class TensorFiles(Mapping[str, Tensor]):
             path = self.folder / file
             if not path.is_file():  # safetensors' own error does not name the file
                 raise FileNotFoundError(f"{file} is missing")
-            self._readers[file] = safe_open(path, framework="pt")
+            try:
+                self._readers[file] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file}: {error}") from error
         return self._readers[file]
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Size and time of the last change of every file, in nanoseconds: enough to see other weights."""
+        found = {file: (self.folder / file).stat() for file in sorted(set(self._files.values()))}
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file."""
+    content = json.loads(path.read_text("utf-8"))
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{path.name} has no weight_map from tensors to files")
+    return files
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -7,6 +7,7 @@ A sub-model is a smaller Hugging Face model. Its frozen parameters are views of 
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Store(abc.ABC):
         `state` where the cut is a prefix and the state is on that device, for evaluation.
         """
         part = self.models.slices[level]
-        model = self.models.skeleton(part.config)
+        model = self.models.skeleton(copy.deepcopy(part.config))  # its attention kernel is set below
         trainable = {
             name: tensor.to(self.device, copy=own, memory_format=torch.contiguous_format)
             if own
