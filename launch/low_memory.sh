@@ -3,7 +3,8 @@
 # norms are trained. Further options go to `scalefl train`, and win over those below:
 #   bash launch/low_memory.sh MODEL_FOLDER DATA_FOLDER [OPTION ...]
 #
-# Budgets: `scalefl plan` prints which of these settings fit 8, 12, 16 and 24 GB.
+# Predicted by `scalefl plan`, whole round of four levels at 448 pixels: 4.6 GB as it is, so it fits 8 GB;
+# docs/memory.md has settings for 12, 16 and 24 GB.
 set -euo pipefail
 
 model="${1:-}" data="${2:-}"
