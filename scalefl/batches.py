@@ -128,10 +128,10 @@ class Batcher:
             "predict_at": torch.tensor(predict_at, dtype=torch.long),
         }
         return Batch(
-            inputs={name: value.to(self._device) for name, value in inputs.items()},
-            targets=torch.tensor(targets, dtype=torch.long).to(self._device),
-            labels=torch.tensor(labels, dtype=torch.long).to(self._device),
-            steps=torch.tensor(steps, dtype=torch.long).to(self._device),
+            inputs={name: self._sent(value) for name, value in inputs.items()},
+            targets=self._sent(torch.tensor(targets, dtype=torch.long)),
+            labels=self._sent(torch.tensor(labels, dtype=torch.long)),
+            steps=self._sent(torch.tensor(steps, dtype=torch.long)),
         )
 
     def scoring(self, ids: Ids, candidates: Candidates) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ class Batcher:
             **self._images(ids, None),
             "predict_at": torch.tensor(predict_at),
         }
-        return {name: value.to(self._device) for name, value in inputs.items()}
+        return {name: self._sent(value) for name, value in inputs.items()}
 
     def prompts(self, ids: Ids) -> dict[str, Tensor]:
         """Left-padded prompts and images for `generate`."""
@@ -168,7 +168,13 @@ class Batcher:
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
             **self._images(ids, None),
         }
-        return {name: value.to(self._device) for name, value in inputs.items()}
+        return {name: self._sent(value) for name, value in inputs.items()}
+
+    def _sent(self, value: Tensor) -> Tensor:
+        """On the device; the GPU is not waited for, so that the next batch is made while it computes."""
+        if self._device.type == "cuda":
+            return value.pin_memory().to(self._device, non_blocking=True)
+        return value.to(self._device)
 
     def _padded(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
         pad = self._processor.tokenizer.pad_token_id

@@ -25,7 +25,7 @@ from scalefl.contracts import InputError, State
 RECORD = "checkpoint.json"
 WEIGHTS = "model.safetensors"
 SUMS = "sums.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,7 @@ def plain_rounds(before: Federation) -> State:
     weights = dict(random_model(run, FAMILY, config).named_parameters())
     plain = replace(run, quantization="none")
     store = GlobalModel(plain, FAMILY, config, weights, from_scratch=True).resident(torch.device("cpu"))
+    store.load()
     for name in store.base:
         if FAMILY.is_block_weight(name):
             store.base[name] = rounded(weights[name.replace(".base_layer", "")].detach(), name, run)

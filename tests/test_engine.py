@@ -13,6 +13,7 @@ from runs import arguments, environment, largest_difference, same_bits
 
 from scalefl.contracts import InputError
 from scalefl.federation.client import micro_batch_size
+from scalefl.federation.run import _check_agreement
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = {"tuning": "lora", "lora_r": 4, "optimizer": "sgd", "lr": 0.05}
@@ -147,6 +148,11 @@ ZERO = {"zero_optimization": {"stage": 2}}
             "ds.json: zero_optimization.stage: got None; expected 1, 2 or 3.",
         ),
         (DEEPSPEED, ZERO | {"optimizer": {}, "bf16": {}}, "ds.json: optimizer, bf16: the run decides this"),
+        (
+            DEEPSPEED,
+            ZERO | {"train_batch_size": 64, "gradient_accumulation_steps": 2},
+            "ds.json: train_batch_size 64, gradient_accumulation_steps 2: the run decides this",
+        ),
         (DEEPSPEED, [1], "ds.json: expected a JSON object, such as that of ds_configs/zero2.json."),
     ],
 )
@@ -160,3 +166,21 @@ def test_a_wrong_launch_is_refused_at_once(tmp_path, launch, config, words):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("scalefl: ")]
     assert line.startswith(f"scalefl: {words}")
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_go_on_from_different_runs_are_refused(tmp_path):
+    """As on a second machine that does not see the run's folder."""
+    client = OneClient(tmp_path)
+    here = client.engine.gather
+
+    class Elsewhere:
+        def gather(self, rows):
+            return here(rows) + [json.dumps([json.loads(rows[0])[0], [3, []]])]
+
+    with pytest.raises(InputError) as refusal:
+        _check_agreement(client.run, None, Elsewhere())
+    assert str(refusal.value) == (
+        "launch: processes go on from different runs (round and finished clients by rank: [None, [3, []]]); "
+        f"expected a --save_path that every machine sees, got {client.run.save_path}."
+    )
+    _check_agreement(client.run, None, client.engine)

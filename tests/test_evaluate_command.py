@@ -1,6 +1,7 @@
 """`scalefl evaluate`: what a run reported of a checkpoint, adapters too; by level's own data; elsewhere."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -143,3 +144,21 @@ def test_a_checkpoint_of_adapters_is_small(trained):
     """What is not trained is not in it: no embedding and no tower."""
     held = load_file(trained.lora.checkpoint / "model.safetensors")
     assert not [name for name in held if "embed" in name or name.startswith("vision_model.")]
+
+
+def test_how_a_run_was_trained_does_not_bind_its_evaluation(capsys, trained, tmp_path, monkeypatch):
+    """A kernel, an optimizer that this machine lacks; another place for the base, beside the checkpoint."""
+    shutil.copytree(trained.lora.folder, tmp_path / "run")
+    checkpoint = tmp_path / "run" / trained.lora.checkpoint.relative_to(trained.lora.folder)
+    for file in (tmp_path / "run" / "run.json", checkpoint / "run.json"):
+        saved = json.loads(file.read_text())
+        saved["run"] |= {"attn": "flash_attention_2", "optimizer": "paged_adamw_8bit", "momentum": 0.0}
+        saved["run"]["save_path"] = "elsewhere"
+        file.write_text(json.dumps(saved))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for typed in ([], ["--base_store", "file", "--feature_cache", "file"], ["--feature_cache", "off"]):
+        shown = evaluate(capsys, checkpoint, *typed)
+        assert rows(shown, "test") == cells(trained.lora.results["levels"])
+    assert list((tmp_path / "here").iterdir()) == []
+    assert (tmp_path / "run" / "base").is_dir() and (tmp_path / "run" / "features").is_dir()

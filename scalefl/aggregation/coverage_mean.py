@@ -17,7 +17,7 @@ from scalefl.slicing.plan import Plan
 
 
 class CoverageMean:
-    """Streaming sums of changes and of weights per coordinate: memory does not grow with clients."""
+    """Streams sums of changes per coordinate and of weights per level: memory does not grow with clients."""
 
     def __init__(self, global_state: Mapping[str, Tensor], plans: Mapping[int, Plan], weighting: str) -> None:
         """`global_state` is fp32 on the CPU; `plans` are by level; `weighting` is "examples" or "uniform"."""
@@ -30,13 +30,12 @@ class CoverageMean:
     def add(self, update: ClientUpdate) -> None:
         if not self.sums:
             self.sums = {
-                kind: {name: torch.zeros_like(value) for name, value in self._global_state.items()}
-                for kind in ("change", "weight")
+                "change": {name: torch.zeros_like(value) for name, value in self._global_state.items()},
+                "level_weight": {str(level): torch.zeros(()) for level in self._plans},
             }
         weight = float(update.num_examples) if self._weighting == "examples" else 1.0
-        plan = self._plans[update.level]
-        add_into(self.sums["change"], update.delta, plan, weight)
-        add_coverage(self.sums["weight"], plan, weight)
+        add_into(self.sums["change"], update.delta, self._plans[update.level], weight)
+        self.sums["level_weight"][str(update.level)] += weight
 
     def finish(self) -> State:
         """The merged state; a coordinate that no client holds keeps its value."""
@@ -44,6 +43,14 @@ class CoverageMean:
             return dict(self._global_state)
         merged = {}
         for name, value in self._global_state.items():
-            change, weight = self.sums["change"][name], self.sums["weight"][name]
+            change, weight = self.sums["change"][name], self._weight(name, value)
             merged[name] = torch.where(change != 0, value + change / weight, value)  # keeps even a -0.0
         return merged
+
+    def _weight(self, name: str, value: Tensor) -> Tensor:
+        """What the clients that hold it weigh together, at every coordinate of one parameter."""
+        total = {name: torch.zeros_like(value)}
+        for level, plan in self._plans.items():
+            holding = {local: entry for local, entry in plan.items() if entry.global_name == name}
+            add_coverage(total, holding, float(self.sums["level_weight"][str(level)]))
+        return total[name]

@@ -207,6 +207,21 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
             "nf4 packs 64 neighbours of the embedding together, which --width_axes all would cut; "
             "expected int8 or none, or --width_axes inner.",
         )
+    if run.quant_compute_dtype != "auto" and run.quantization == "none":
+        yield (
+            ("quant_compute_dtype", "quantization"),
+            f"got {run.quant_compute_dtype}, but nothing is quantised; leave it out, or add --quantization.",
+        )
+    if run.feature_folder is not None and run.feature_cache != "file":
+        yield (
+            ("feature_folder", "feature_cache"),
+            f"got {run.feature_folder}, but --feature_cache is {run.feature_cache}; expected file.",
+        )
+    if run.feature_dtype != "auto" and run.feature_cache == "off":
+        yield (
+            ("feature_dtype", "feature_cache"),
+            f"got {run.feature_dtype}, but --feature_cache is off; leave it out.",
+        )
     if run.feature_cache in ("memory", "file") and run.freeze_vit is False:
         yield (
             ("feature_cache", "freeze_vit"),

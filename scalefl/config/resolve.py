@@ -24,8 +24,8 @@ RESUME_SAVE_PATH = "in --save_path"
 """`--resume` without a folder: the run in `--save_path`, or a new one where there is none yet."""
 
 FIXED_IN_EVALUATION = {f.name for group in (ModelOptions, LevelOptions) for f in fields(group)} - {
-    "precision",
-    "gradient_checkpointing",
+    *("precision", "attn", "base_store", "feature_cache", "feature_dtype"),
+    *("gradient_checkpointing", "checkpointing_levels"),
 }
 """Options that say what the weights in a checkpoint mean."""
 
@@ -51,6 +51,10 @@ def resolve(flags: Mapping[str, Any], *config_files: str) -> tuple[RunConfig, Mo
     if "save_path" not in explicit and "resume" in layers and layers["resume"].value:
         layers["save_path"] = layers["resume"]  # the folder may have been moved since the run began
     run = RunConfig(**{name: given.value for name, given in layers.items()})
+    if run.evaluate_from is not None and "save_path" not in explicit:
+        folder = Path(run.evaluate_from).absolute().parents[1]  # what a run keeps beside its checkpoints
+        if (folder / CONFIG_FILE).is_file():
+            run = replace(run, save_path=str(folder))
     if run.init_from is not None:  # a resume may come from another working directory
         run = replace(run, init_from=str(Path(run.init_from).absolute()))
     if run.freeze_vit is None:

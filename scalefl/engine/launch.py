@@ -48,11 +48,14 @@ class Engine:
             **arguments, log_with=list(run.report_to) or None, project_dir=run.save_path
         )
         self._check_launch(arguments["mixed_precision"], run.precision)
-        offloaded = self._zero is not None and self._zero.offloads_optimizer(self._accelerator)
-        check_optimizer(run, self.device, offloaded=offloaded)
+        if run.evaluate_from is None:
+            offloaded = self._zero is not None and self._zero.offloads_optimizer(self._accelerator)
+            check_optimizer(run, self.device, offloaded=offloaded)
         if self.num_processes > 1 and not use_gpu and "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        on_gpus = self.num_processes > 1 and self.device.type == "cuda"
+        self._host_group = torch.distributed.new_group(backend="gloo") if on_gpus else None
         self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
 
     def _check_launch(self, precision: str, run_precision: str) -> None:
@@ -176,11 +179,11 @@ class Engine:
         return state
 
     def largest(self, value: int) -> int:
-        """The largest of all ranks' values, on every rank."""
+        """The largest of all ranks' values, on every rank; the device goes on computing meanwhile."""
         if self.num_processes == 1:
             return value
-        values = torch.tensor(value, device=self.device)
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        values = torch.tensor(value)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._host_group)
         return int(values.item())
 
     def start_trackers(self, config: Mapping[str, Any]) -> None:

@@ -31,10 +31,21 @@ def check_optimizer(run: RunConfig, device: torch.device, *, offloaded: bool = F
             f"--optimizer: {name} pages its state between GPU and host, but {place}; "
             f"expected {instead}, or {way_out}."
         )
-    if name not in PYTORCH and device.type == "cuda" and not _cuda_library():
+    if name not in PYTORCH:
+        _check_library("--optimizer", name, device, "adamw or sgd")
+
+
+def check_quantisation(run: RunConfig, device: torch.device) -> None:
+    """Refuse a quantised base where bitsandbytes has no kernels for the device."""
+    if run.quantization != "none":
+        _check_library("--quantization", run.quantization, device, "none")
+
+
+def _check_library(option: str, value: str, device: torch.device, instead: str) -> None:
+    if device.type == "cuda" and not _cuda_library():
         raise InputError(
-            f"--optimizer: {name} needs bitsandbytes' CUDA library, and this installation has none for CUDA "
-            f"{torch.version.cuda}; expected adamw or sgd, or another bitsandbytes "
+            f"{option}: {value} needs bitsandbytes' CUDA library, and this installation has none for CUDA "
+            f"{torch.version.cuda}; expected {instead}, or another bitsandbytes "
             "(python -m bitsandbytes tells more)."
         )
 

@@ -30,6 +30,13 @@ from scalefl.engine.session import Session
 FROM_THE_RUN = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "gradient_clipping")
 """Sections of a DeepSpeed config that options of the run decide."""
 
+BATCH_SIZES: dict[str, tuple[object, ...]] = {
+    "train_batch_size": ("auto",),
+    "train_micro_batch_size_per_gpu": ("auto",),
+    "gradient_accumulation_steps": ("auto", 1),
+}
+"""What a DeepSpeed config may say of batches."""
+
 CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
@@ -69,6 +76,12 @@ def config_of(run: RunConfig) -> dict[str, Any]:
         raise InputError(
             f"{path}: {', '.join(found)}: the run decides this (--optimizer, --lr, --precision, "
             "--max_grad_norm); leave it out of the DeepSpeed config."
+        )
+    sizes = {name: config.get(name, "auto") for name in BATCH_SIZES}
+    if set_there := [f"{name} {size}" for name, size in sizes.items() if size not in BATCH_SIZES[name]]:
+        raise InputError(
+            f"{path}: {', '.join(set_there)}: the run decides this (--batch_size, --micro_batch_size); "
+            "leave it out of the DeepSpeed config."
         )
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
@@ -115,7 +128,7 @@ def _from_launcher() -> dict[str, Any]:
 
 
 def offloads_optimizer(accelerator: Accelerator) -> bool:
-    return "offload_optimizer" in _zero(accelerator)
+    return _zero(accelerator).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def stage(accelerator: Accelerator) -> int:

@@ -27,19 +27,6 @@ from scalefl.seeding import numpy_rng
 log = logging.getLogger("scalefl")
 
 
-def run_rounds(
-    federation: Federation, progress: Progress, folder: RunFolder, display: Display, stop: StopSignal
-) -> Progress:
-    """Every round that `progress` has not seen yet.
-
-    Raises Interrupted when `stop` asks for it, after writing a checkpoint to go on from.
-    """
-    loop = RoundLoop(federation, folder, display, stop)
-    while progress.round < federation.run.num_rounds:
-        progress = loop.round(progress)
-    return progress
-
-
 class RoundLoop:
     def __init__(self, federation: Federation, folder: RunFolder, display: Display, stop: StopSignal) -> None:
         self._fed, self._run, self._engine = federation, federation.run, federation.engine
@@ -58,7 +45,10 @@ class RoundLoop:
         self._clients_done = 0
 
     def round(self, before: Progress) -> Progress:
-        """One round: from the progress before it to the progress after it, checkpointed."""
+        """One round: from the progress before it to the progress after it, checkpointed.
+
+        Raises Interrupted when a stop is asked for, after writing a checkpoint to go on from.
+        """
         number, started, store = before.round + 1, time.perf_counter(), self._fed.store
         tasks = sample_cohort(self._run, number, self._fed.clients, self._fed.client_levels)
         lr = learning_rate(self._run, number)
@@ -77,6 +67,7 @@ class RoundLoop:
             ):
                 clients.append(self._merge(merge, update))
                 self._clients_done = len(clients)
+                del update  # else it stays in memory while the next client trains
                 if time.monotonic() - saved_at > self._run.save_every_seconds:
                     self._save(dataclasses.replace(before, partial=Partial(sums=merge.sums, clients=clients)))
                     saved_at = time.monotonic()

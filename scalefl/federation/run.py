@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ from scalefl import checkpoint
 from scalefl.checkpoint import Progress
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import save_config, to_dict
+from scalefl.config.saved import FREE_ON_RESUME, save_config, to_dict
 from scalefl.console import Display
 from scalefl.contracts import InputError
 from scalefl.data.partition import describe
+from scalefl.engine.launch import Engine
 from scalefl.federation.records import RunFolder
-from scalefl.federation.rounds import evaluate_levels, run_rounds
+from scalefl.federation.rounds import RoundLoop, evaluate_levels
 from scalefl.federation.setup import Federation, build
 from scalefl.federation.start import check_same_parameters
 from scalefl.federation.stop import StopSignal
@@ -31,6 +34,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     progress = checkpoint.load(earlier) if earlier is not None else None
     federation = build(run, model_file, processor_from=str(earlier) if earlier is not None else None)
     engine = federation.engine
+    _check_agreement(run, progress, engine)
     display = Display(speaks=engine.is_main, print_freq=run.print_freq)
     folder = RunFolder(run.save_path, writes=engine.is_main)
     if progress is None:
@@ -38,6 +42,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     else:
         check_same_parameters(progress.state, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
+    federation = dataclasses.replace(federation, initial_state={})  # else it outlives the first round
     results = folder.read_results()
     if results is not None and results["rounds"] == progress.round >= run.num_rounds:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
@@ -50,7 +55,9 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     gc.freeze()  # what lives as long as the run need not be searched each time an engine is torn down
     try:
         with StopSignal(engine) as stop:
-            progress = run_rounds(federation, progress, folder, display, stop)
+            loop = RoundLoop(federation, folder, display, stop)
+            while progress.round < run.num_rounds:
+                progress = loop.round(progress)
             results = _final_results(federation, folder, progress, stop)
     finally:
         gc.unfreeze()
@@ -90,6 +97,23 @@ def _earlier_checkpoint(run: RunConfig) -> Path | None:
             "expected --resume to go on with it, or another --save_path."
         )
     return path
+
+
+def _check_agreement(run: RunConfig, progress: Progress | None, engine: Engine) -> None:
+    """Every process must go on with the same run: another machine may see other files."""
+    options = {k: v for k, v in to_dict(run).items() if k not in FREE_ON_RESUME | {"cfg_path"}}
+    at = None if progress is None else [progress.round, [c["client"] for c in _finished_clients(progress)]]
+    found = engine.gather([json.dumps([options, at], sort_keys=True)])
+    if len(set(found)) > 1:
+        rounds = [json.loads(text)[1] for text in found]
+        raise InputError(
+            f"launch: processes go on from different runs (round and finished clients by rank: {rounds}); "
+            f"expected a --save_path that every machine sees, got {run.save_path}."
+        )
+
+
+def _finished_clients(progress: Progress) -> list[dict[str, Any]]:
+    return progress.partial.clients if progress.partial is not None else []
 
 
 def _final_results(

@@ -21,7 +21,7 @@ from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
 from scalefl.engine.launch import Engine
 from scalefl.evaluate import Evaluator
-from scalefl.features import FrozenTower, keep_in_files, keep_in_memory, tower_fingerprint
+from scalefl.features import FEATURE_BATCH, FrozenTower, keep_in_files, keep_in_memory, tower_fingerprint
 from scalefl.federation.client import micro_batch_size
 from scalefl.federation.start import start_from
 from scalefl.levels import assign_levels
@@ -117,6 +117,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
     features = _features(
         run, engine, store, processor, [e for split in shown.values() for e in split], decode
     )
+    store.load()  # after the vision tower has come and gone: both need not fit at once
     batchers = {
         split: Batcher(
             processor, examples, decode(examples) if features is None else {}, engine.device, features
@@ -183,7 +184,8 @@ def _features(
     images = (image for at in starts for image in decode(distinct[at : at + DECODED_AT_ONCE]).items())
     features: Mapping[str, Tensor]
     if run.feature_cache == "file":
-        settings = family.vision_settings(store.models.config) | {"precision": run.precision}
+        settings = family.vision_settings(store.models.config)
+        settings |= {"precision": run.precision, "rows": FEATURE_BATCH}
         fingerprint = tower_fingerprint(json.dumps(settings, sort_keys=True), tower, weights)
         folder = Path(run.feature_folder or Path(run.save_path) / "features")
         features = keep_in_files(images, tower, engine, folder, fingerprint)

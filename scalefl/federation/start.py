@@ -22,6 +22,7 @@ from scalefl.config.options import RunConfig
 from scalefl.config.saved import CONFIG_FILE, load_config
 from scalefl.contracts import InputError, State
 from scalefl.engine.launch import Engine
+from scalefl.engine.optimizers import check_quantisation
 from scalefl.models.build import DTYPES, GlobalModel, check_weights, new_model
 from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles
@@ -52,6 +53,7 @@ def start_from(
     A tokenizer is trained on `texts` unless `processor_from` or `--init_from` names a folder that has one.
     """
     _check_attention(run, engine.device)
+    check_quantisation(run, engine.device)
     if run.init_from is None:
         processor = (
             family.load_processor(processor_from) if processor_from else family.processor(model_file, texts)
@@ -149,7 +151,7 @@ def _write_base(folder: Path, source: GlobalModel, device: torch.device, recipe:
 
 
 def _check_attention(run: RunConfig, device: torch.device) -> None:
-    if run.attn != "flash_attention_2":
+    if run.attn != "flash_attention_2" or run.evaluate_from is not None:  # evaluation masks, and takes sdpa
         return
     if device.type != "cuda" or run.precision != "bf16" or not is_flash_attn_2_available():
         raise InputError(

@@ -5,8 +5,9 @@ state.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def build_global(
     another, converted and put on the device. `from_scratch` weights may be changed in place.
     """
     source = GlobalModel(run, family, config, weights, from_scratch=from_scratch, vit_dtype=vit_dtype)
-    return source.resident(device), source.initial_state()
+    store = source.resident(device)
+    store.load()
+    return store, source.initial_state()
 
 
 class GlobalModel:
@@ -129,7 +132,8 @@ class GlobalModel:
         return state
 
     def resident(self, device: torch.device) -> ResidentStore:
-        return ResidentStore(self.models, dict(self.base(device)), **self._store_options(device))
+        read = functools.partial(self.frozen, device=device)
+        return ResidentStore(self.models, read, **self._store_options(device))
 
     def on_disk(self, device: torch.device, folder: Path) -> FileStore:
         """A store of what is on disk already: the model's own files, or what `write` put in `folder`."""
@@ -152,24 +156,19 @@ class GlobalModel:
 
     def write(self, folder: Path, device: torch.device) -> None:
         """Convert the base tensor by tensor on the device, and write it."""
-        write_base(folder, self.base(device))
+        write_base(folder, ((name, self.frozen(name, device)) for name in self.models.base_shapes))
 
-    def base(self, device: torch.device) -> Iterator[tuple[str, Frozen]]:
-        """Every frozen weight as a store holds it: on the device, in its dtype, quantised."""
-        for name in self.models.base_shapes:
-            tensor = self._weights[self._names[name]].detach()
-            if self._is_quantised(name):
-                yield (
-                    name,
-                    quantise(
-                        tensor.to(device),
-                        self._run.quantization,
-                        transposed=self._transposed(name),
-                        double_quant=self._run.double_quant,
-                    ),
-                )
-            else:
-                yield name, tensor.to(device, self._dtype(name))
+    def frozen(self, name: str, device: torch.device) -> Frozen:
+        """A frozen weight as a store holds it: on the device, in its dtype, quantised."""
+        tensor = self._weights[self._names[name]].detach()
+        if not self._is_quantised(name):
+            return tensor.to(device, self._dtype(name))
+        return quantise(
+            tensor.to(device),
+            self._run.quantization,
+            transposed=self._transposed(name),
+            double_quant=self._run.double_quant,
+        )
 
     def _store_options(self, device: torch.device) -> dict[str, Any]:
         compute = self._run.quant_compute_dtype

@@ -38,6 +38,10 @@ class Store(abc.ABC):
         self._compute_dtype, self._attn = compute_dtype, attn
 
     @abc.abstractmethod
+    def load(self) -> None:
+        """Take in what is to stay on the device; until then only what is asked for is read."""
+
+    @abc.abstractmethod
     def frozen(self, entry: PlanEntry) -> Frozen:
         """One frozen weight, cut, on the device."""
 
@@ -104,17 +108,30 @@ def _put(
 class ResidentStore(Store):
     """The frozen base once on the device: sub-models are views of it, or copies where a cut is strided."""
 
-    def __init__(self, models: SubModels, base: Mapping[str, Frozen], **store: Any) -> None:
+    def __init__(self, models: SubModels, read: Callable[[str], Frozen], **store: Any) -> None:
+        """`read` gives a frozen weight of the whole model as it is to be held, on the device."""
         super().__init__(models, **store)
-        self.base = dict(base)
+        self._read: Callable[[str], Frozen] | None = read
+        self.base: dict[str, Frozen] = {}
+
+    def load(self) -> None:
+        for name in self.models.base_shapes:
+            if self.models.has_vision or not self.models.family.is_vision(name):
+                self._held(name)
+        self._read = None  # and with it the weights it reads from, which may be in memory
 
     def frozen(self, entry: PlanEntry) -> Frozen:
-        value = self.base[entry.global_name]
+        value = self._held(entry.global_name)
         return value.cut(entry.index) if isinstance(value, QuantisedWeight) else select(value, entry.index)
 
     def drop_vision(self) -> None:
         super().drop_vision()
         self.base = {n: v for n, v in self.base.items() if not self.models.family.is_vision(n)}
+
+    def _held(self, name: str) -> Frozen:
+        if name not in self.base and self._read is not None:
+            self.base[name] = self._read(name)
+        return self.base[name]
 
 
 class FileStore(Store):
@@ -138,6 +155,9 @@ class FileStore(Store):
         super().__init__(models, **store)
         self._files, self._names, self._dtypes = files, names, dtypes
         self._quantised, self._kind = quantised, kind
+
+    def load(self) -> None:
+        """Nothing stays."""
 
     def frozen(self, entry: PlanEntry) -> Frozen:
         name = entry.global_name
