@@ -105,6 +105,7 @@ def every_case(arguments: Any) -> int:
 
 
 def in_own_process(arguments: Any, pixels: int, base: str, clients: int) -> Any:
+    print(f"{pixels} pixels, {base}, {clients} clients ...", file=sys.stderr)
     command = [sys.executable, sys.argv[0], "--device", arguments.device, "--weights", str(arguments.weights)]
     command += ["--small"] * arguments.small + ["--case", str(pixels), base, str(clients)]
     done = subprocess.run(command, env=os.environ | STEADY_MALLOC, capture_output=True, text=True)

@@ -66,6 +66,7 @@ def row(base: str, name: str, found: Any, plain: Any = None, small: bool = False
 
 
 def in_own_process(base: str, clients: int) -> Any:
+    print(f"{base}, {clients} clients ...", file=sys.stderr)
     command = [sys.executable, *sys.argv, "--case", base, str(clients)]
     done = subprocess.run(command, env=os.environ | STEADY_MALLOC, capture_output=True, text=True)
     if done.returncode:
