@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import LEVEL
-from runs import MODEL, arguments, federation, forget_launch
+from plain import LEVEL, OneClient, plain_client
+from runs import MODEL, arguments, federation, forget_launch, largest_difference
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -365,6 +365,41 @@ def test_training_after_evaluating_and_generating_is_as_without(tmp_path, quanti
         assert all(same_bits(after[name], before[name]) for name in before)
         assert all(bool(grad.any()) for name, grad in after.items() if "lora" in name)
     assert all(same_bits(tensor, kept) for tensor, kept in parts.values())
+
+
+class PlainCast(nn.Linear):
+    """A linear layer of one type among activations of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def plain_layers(model: nn.Module) -> int:
+    """Put plain layers of the same values in place of quantised ones; their number."""
+    quantised = {name: part for name, part in model.named_modules() if isinstance(part, QuantisedLinear)}
+    for name, part in quantised.items():
+        weight = part.unpacked()
+        plain = PlainCast(part.in_features, part.out_features, bias=False, dtype=weight.dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        model.set_submodule(name, plain)
+    return len(quantised)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_compute_dtype_is_what_quantised_layers_compute_in(tmp_path, quantization):
+    """In an fp32 run: as a plain loop on layers of that type, but for the order of sums, and unlike fp32."""
+    options = {"tuning": "lora", "quantization": quantization}
+    client = OneClient(tmp_path, WIDE, **options, quant_compute_dtype="bf16")
+    task, sent = client.task(), client.fed.store.models.level_state(LEVEL, client.state)
+    model = client.fed.store.submodel(LEVEL, client.state, own=True)
+    assert plain_layers(model) == 2 * 7
+    trained = plain_client(model, client.run, client.batcher, task)
+    expected = {name: tensor - sent[name] for name, tensor in trained.items()}
+    auto = OneClient(tmp_path, WIDE, **options)
+    in_bf16, in_fp32 = client.train(task), auto.train(task)
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    assert largest_difference(in_bf16, expected) <= 1e-5 * largest
+    assert largest_difference(in_bf16, in_fp32) > 2**-9 * largest
 
 
 def test_what_stays_unquantised(tmp_path):
