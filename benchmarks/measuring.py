@@ -58,6 +58,18 @@ def peak_memory() -> Memory:
     return Memory(resident=status["VmHWM"], anonymous=status["VmHWM"] - of_files)
 
 
+def mapped_pages(folder: Path) -> int:
+    """Bytes of the files below a folder that this process has in memory as pages of those files."""
+    found, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):  # a mapping's first line; its sizes follow
+            counts = f" {folder}/" in line
+        elif counts and name == "Rss:":
+            found += int(rest.split()[0]) * 1024
+    return found
+
+
 def _status() -> dict[str, int]:
     pairs = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in pairs if "kB" in rest}
