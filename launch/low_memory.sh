@@ -32,12 +32,12 @@ shift 2
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install project .
 
-# Smaller weights: nf4, double_quant. Smaller activations: bf16, gradient_checkpointing, one example a pass.
+# Smaller weights: nf4. Smaller activations: bf16, gradient_checkpointing, one example a pass.
 # The vision tower runs once per image, for all runs (feature_cache, feature_folder); 8-bit state of the
 # optimizer pages to the host. Evaluation takes few rows at once (eval_batch_size).
 exec "$venv/bin/python" -m scalefl train \
     --cfg_path minigpt_v2 --init_from "$model" --data_root "$data" --tuning lora --use_gpu \
-    --quantization nf4 --double_quant --precision bf16 --gradient_checkpointing \
+    --quantization nf4 --precision bf16 --gradient_checkpointing \
     --feature_cache file --feature_folder "$root/runs/features" \
     --optimizer paged_adamw_8bit --micro_batch_size 1 --batch_size 8 --eval_batch_size 8 \
     --save_path "$root/runs/low-memory-$(date +%Y%m%d-%H%M%S)" "$@"
