@@ -58,9 +58,49 @@ def peak_memory() -> Memory:
     return Memory(resident=status["VmHWM"], anonymous=status["VmHWM"] - of_files)
 
 
+def mapped_pages(folder: Path) -> int:
+    """Bytes of the files below a folder that this process has in memory as pages of those files."""
+    found, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):  # a mapping's first line; its sizes follow
+            counts = f" {folder}/" in line
+        elif counts and name == "Rss:":
+            found += int(rest.split()[0]) * 1024
+    return found
+
+
 def _status() -> dict[str, int]:
     pairs = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in pairs if "kB" in rest}
+
+
+def forget_device_peak(device: torch.device) -> None:
+    """From now on `device_peak` is that of what follows."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak()
+
+
+def device_peak(device: torch.device) -> int:
+    """Bytes since `forget_device_peak`: of tensors on a GPU, of anonymous pages on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory().anonymous
+
+
+class PeakSequential(Sequential):
+    """The sequential executor with a look at memory, as `--executor measuring:PeakSequential`."""
+
+    peaks: dict[int, int] = {}
+    """Level -> `device_peak` from its sub-model's making to its last client's merge."""
+
+    def _level(
+        self, tasks: Sequence[ClientTask], level: int, global_state: State, lr: float
+    ) -> Iterator[ClientUpdate]:
+        forget_device_peak(self._store.device)
+        yield from super()._level(tasks, level, global_state, lr)
+        self.peaks[level] = device_peak(self._store.device)
 
 
 @dataclass
@@ -120,15 +160,25 @@ def now(device: torch.device) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table: what was measured, and the largest ratio that is allowed, if any."""
+    """One line of a table: what was measured, and the ratios that are allowed, if any."""
 
     cells: tuple[Any, ...]
     ratio: float | None = None
     limit: float | None = None
+    """The largest."""
+    least: float = 0.0
+    """The smallest, beside a limit."""
 
     @property
     def broken(self) -> bool:
-        return self.ratio is not None and self.limit is not None and self.ratio > self.limit
+        judged = self.ratio is not None and self.limit is not None
+        return judged and not self.least <= self.ratio <= self.limit
+
+    @property
+    def allowed(self) -> str:
+        if self.limit is None:
+            return "-"
+        return f"{self.least:.3f} to {self.limit:.3f}" if self.least else f"{self.limit:.3f}"
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Row], *notes: str) -> int:
@@ -137,9 +187,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Row], *notes: str) -
     header = [*columns, "ratio", "limit", "verdict"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for row in rows:
-        ratio, limit = ("-" if value is None else f"{value:.3f}" for value in (row.ratio, row.limit))
+        ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
         verdict = "-" if row.limit is None else "broken" if row.broken else "holds"
-        print(f"| {' | '.join([*map(str, row.cells), ratio, limit, verdict])} |")
+        print(f"| {' | '.join([*map(str, row.cells), ratio, row.allowed, verdict])} |")
     print("".join(f"\n{note}" for note in notes), flush=True)
     return int(any(row.broken for row in rows))
 

@@ -55,15 +55,20 @@ RUN = {
 }
 
 
-def resolved(
+def resolved(folder: Path, *, small: bool, **options: Any) -> tuple[RunConfig, ModelFile]:
+    """The run and its model file; what it takes is as for `options_of`."""
+    return resolve(options_of(folder, small=small, **options))
+
+
+def options_of(
     folder: Path,
     *,
     small: bool,
     sections: Mapping[str, Any] | None = None,
     question_words: int = 250,
     **options: Any,
-) -> tuple[RunConfig, ModelFile]:
-    """The run and its model file, by way of a file in `folder`, where the run is saved as well.
+) -> dict[str, Any]:
+    """The run's options, with a model file in `folder`, where the run is saved as well.
 
     `sections` change the model file, `options` the run.
     """
@@ -76,7 +81,7 @@ def resolved(
     path.write_text(yaml.safe_dump(content))
     asked = question(16 if small else question_words)
     flags = {"cfg_path": str(path), "save_path": str(folder / "run"), "question": asked}
-    return resolve(RUN | flags | options)
+    return RUN | flags | options
 
 
 def question(num_words: int) -> str:

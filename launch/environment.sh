@@ -23,9 +23,18 @@ install() {
         return
     fi
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        if [[ -e "$venv/made-by-scalefl" ]]; then
+            rm -rf "$venv"
+        elif [[ -n "$(ls -A "$venv" 2>/dev/null)" ]]; then
+            echo "scalefl: $venv: is of other making, and has no pip that runs; expected an environment" \
+                "with pip; install that there, or move the folder away" >&2
+            return 2
+        fi
         python="$(find_python)"
         echo "scalefl: making $venv" >&2
-        "$python" -m venv --clear "$venv"
+        mkdir -p "$venv"
+        touch "$venv/made-by-scalefl"
+        "$python" -m venv "$venv"
     fi
     echo "scalefl: installing into $venv (some minutes, the first time)" >&2
     # torch first: deepspeed's own setup looks for it.

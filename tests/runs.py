@@ -216,7 +216,8 @@ def launched(folder: Path, launch: str, command: Sequence[str]) -> Job:
         port = str(free.getsockname()[1])
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
     if launch == "ddp":
-        return Job(folder, [*launcher, "--multi_gpu", *command], ACCELERATE_USE_CPU="true", **variables)
+        ddp = ["--config_file", str(root / "accelerate_configs" / "ddp_cpu.yaml")]
+        return Job(folder, [*launcher, *ddp, *command], **variables)
     config = json.loads((root / "ds_configs" / f"{launch}.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else so small a model stays whole
     (folder / "ds.json").write_text(json.dumps(config))

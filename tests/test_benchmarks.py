@@ -33,6 +33,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         ("switching.py --clients 4 --local-steps 1", 1),
         ("switching.py --clients 4 --local-steps 1 --base-store file --quantization nf4", 1),
         ("feature_cache.py --epochs 1 --images 2", 2),
+        ("plan_accuracy.py --cases lora-nf4 --levels 1", 2),
         ("full_size.py --device cpu --clients 4 --pixels 224 --bases nf4", 1),
     ],
 )
@@ -65,6 +66,9 @@ def test_a_broken_limit_is_an_exit_code(
     assert show("Title", ["what"], rows) == 0
     assert show("Title", ["what"], [*rows, Row(cells=("above",), ratio=1.051, limit=1.05)]) == 1
     assert "| above | 1.051 | 1.050 | broken |" in capsys.readouterr().out
+    below = Row(cells=("below",), ratio=0.849, limit=1.15, least=0.85)
+    assert show("Title", ["what"], [below]) == 1
+    assert "| below | 0.849 | 0.850 to 1.150 | broken |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

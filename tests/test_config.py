@@ -356,6 +356,20 @@ def test_a_section_of_sizes_is_complete():
             "set that to fp32 or bf16, or give --freeze_vit.",
         ),
         (
+            {"tuning": "lora", "double_quant": True},
+            "--double_quant: is of --quantization nf4 alone, which is none; leave it out, or choose nf4.",
+        ),
+        (
+            {"gradient_checkpointing": True, "checkpointing_levels": []},
+            "--checkpointing_levels: got no level; expected some, or leave it out for all of them.",
+        ),
+        (
+            {"client_levels": "1 1 1 4".split(), "client_split_ratios": ".25 .25 .25 .25".split()}
+            | {"num_clients": "4"},
+            "--client_split_ratios: got 0.25 0.25 0.25 0.25, but --client_levels deals 3 0 0 1 of the 4 "
+            "clients; drop one.",
+        ),
+        (
             {"arch": "MiniGPTv3"},
             "--arch: got MiniGPTv3, but tiny describes MiniGPTv2; drop it, or give another --cfg_path.",
         ),
@@ -372,6 +386,15 @@ def test_a_section_of_sizes_is_complete():
 )
 def test_bad_options_get_one_line(flags, line):
     assert problems(flags) == [line]
+
+
+def test_what_has_no_effect_is_refused_only_where_it_was_asked_for(write):
+    """Defaults, presets and what a plan wrote may hold it."""
+    preset = "model: {arch: minigpt_v2}\ntrain: {tuning: lora, double_quant: false, checkpointing_levels: []}"
+    run, _ = resolve({"cfg_path": write(preset)})
+    assert (run.quantization, run.double_quant, run.checkpointing_levels) == ("none", False, ())
+    shares = {"client_split_ratios": ["0.33", "0", "0", "0.67"]}
+    assert resolve({"num_clients": "3", "client_levels": ["1", "4", "4"], **shares})[0].client_levels
 
 
 def test_all_problems_are_reported_at_once():

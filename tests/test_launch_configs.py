@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -121,37 +122,118 @@ def test_a_launch_script_is_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+LOW_MEMORY = "launch/low_memory.sh"
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A program in place of a real one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def bash(script: Path, *typed: str, gpu: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A launch script on a machine with a GPU, or without."""
+    program(fakes := script.parents[1] / "fakes", "nvidia-smi", f"exit {int(not gpu)}")
+    return subprocess.run(
+        ["bash", str(script), *typed],
+        env=environment(PATH=f"{fakes}:{os.environ['PATH']}", **variables),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """Folder of launch scripts, whose repository has no `.venv`."""
+    shutil.copytree(ROOT / "launch", tmp_path / "repository" / "launch")
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / "repository" / name)
+    return tmp_path / "repository" / "launch"
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> str:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return str(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     "typed", [[], ["{folder}"], ["{folder}", "--augment"], ["{folder}/none", "{folder}"]]
 )
-def test_the_low_memory_recipe_wants_a_model_and_data(tmp_path: Path, typed: list[str]) -> None:
+def test_the_low_memory_recipe_wants_a_model_and_data(
+    scripts: Path, tmp_path: Path, typed: list[str]
+) -> None:
     typed = [word.format(folder=tmp_path) for word in typed]
-    command = ["bash", str(ROOT / "launch" / "low_memory.sh"), *typed]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=20)
+    done = bash(scripts / "low_memory.sh", *typed)
     model, data = (*typed, "", "")[:2]
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        f"launch/low_memory.sh: got model folder '{model}' and data folder '{data}'; expected two folders "
-        "that exist: bash launch/low_memory.sh MODEL_FOLDER DATA_FOLDER [OPTION ...]"
+        f"{LOW_MEMORY}: got model folder '{model}' and data folder '{data}'; expected two folders "
+        f"that exist: bash {LOW_MEMORY} MODEL_FOLDER DATA_FOLDER [OPTION ...]"
     ]
 
 
-def test_the_low_memory_recipe_is_a_run_and_further_options_win(tmp_path: Path) -> None:
+def test_the_low_memory_recipe_looks_before_it_installs(
+    scripts: Path, tmp_path: Path, model_folder: str
+) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    no_model = bash(scripts / "low_memory.sh", str(empty), str(tmp_path))
+    no_gpu = bash(scripts / "low_memory.sh", model_folder, str(tmp_path), gpu=False)
+    assert no_model.stderr.splitlines() == [
+        f"{LOW_MEMORY}: {empty}: no config.json there; expected a MiniGPT-v2 that save_pretrained wrote."
+    ]
+    assert no_gpu.stderr.splitlines() == [
+        f"{LOW_MEMORY}: no CUDA GPU was found (nvidia-smi -L names none); expected one, or a driver that is "
+        "in order."
+    ]
+    assert no_model.returncode == no_gpu.returncode == 2
+    assert not (scripts.parent / ".venv").exists()
+
+
+def test_an_environment_of_other_making_stays(scripts: Path, model_folder: str, tmp_path: Path) -> None:
+    """As `uv venv` makes them: without pip."""
+    venv = scripts.parent / ".venv"
+    program(venv / "bin", "python", "exit 1")
+    done = bash(scripts / "low_memory.sh", model_folder, str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"scalefl: {venv}: is of other making, and has no pip that runs; expected an environment with pip; "
+        "install that there, or move the folder away"
+    ]
+    assert [path.name for path in venv.rglob("*")] == ["bin", "python"]
+
+
+def test_an_environment_of_ours_that_broke_is_made_anew(
+    scripts: Path, model_folder: str, tmp_path: Path
+) -> None:
+    venv = scripts.parent / ".venv"
+    program(venv / "bin", "python", "exit 1")
+    (venv / "made-by-scalefl").touch()
+    # A python whose `-m venv FOLDER` makes one that is as good as nothing: pip ends in an error.
+    program(tmp_path / "found", "python", 'echo "$@" >>"${0%/*}/typed"')
+    variables = {"PYTHON": str(tmp_path / "found" / "python")}
+    done = bash(scripts / "low_memory.sh", model_folder, str(tmp_path), **variables)
+    assert done.returncode != 0
+    assert (tmp_path / "found" / "typed").read_text().splitlines()[-1] == f"-m venv {venv}"
+    assert [path.name for path in venv.rglob("*")] == ["made-by-scalefl"]
+
+
+def test_the_low_memory_recipe_is_a_run_and_further_options_win(
+    scripts: Path, model_folder: str, tmp_path: Path
+) -> None:
     """The script itself, in a folder that counts as installed, with a python that notes its arguments."""
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    root = scripts.parent
     hashed = hashlib.sha256()
     for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path / name)
-        hashed.update((tmp_path / name).read_bytes())
-    programs = tmp_path / ".venv" / "bin"
-    programs.mkdir(parents=True)
-    (tmp_path / ".venv" / "installed-project").write_text(f"{tmp_path} {hashed.hexdigest()}  -\n")
-    (programs / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-    (programs / "python").chmod(0o755)
+        hashed.update((root / name).read_bytes())
+    program(root / ".venv" / "bin", "python", "printf '%s\\n' \"$@\"")
+    (root / ".venv" / "installed-project").write_text(f"{root} {hashed.hexdigest()}  -\n")
 
     def noted(*further: str) -> tuple[list[str], RunConfig]:
-        command = ["bash", str(tmp_path / "launch" / "low_memory.sh"), str(tmp_path), str(tmp_path), *further]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=20)
+        done = bash(scripts / "low_memory.sh", model_folder, str(tmp_path), *further)
         assert (done.returncode, done.stderr) == (0, "")
         words = done.stdout.splitlines()
         start = words.index("scalefl") + 1
@@ -160,13 +242,12 @@ def test_the_low_memory_recipe_is_a_run_and_further_options_win(tmp_path: Path) 
     launcher, run = noted()
     assert launcher == ["-m", "scalefl"]
     assert (run.quantization, run.double_quant, run.precision) == ("nf4", True, "bf16")
-    assert (run.optimizer, run.feature_cache, run.gradient_checkpointing) == (
-        "paged_adamw_8bit",
-        "file",
-        True,
-    )
-    assert (run.micro_batch_size, run.batch_size, run.tuning, run.lora_r) == (1, 8, "lora", 64)
-    assert (run.init_from, run.data_root) == (str(tmp_path), str(tmp_path))
+    assert (run.optimizer, run.gradient_checkpointing, run.use_gpu) == ("paged_adamw_8bit", True, True)
+    assert (run.micro_batch_size, run.batch_size, run.eval_batch_size) == (1, 8, 8)
+    assert (run.tuning, run.lora_r) == ("lora", 64)
+    assert (run.init_from, run.data_root) == (model_folder, str(tmp_path))
+    assert (run.feature_cache, run.feature_folder) == ("file", f"{root}/runs/features")
+    assert not Path(run.feature_folder).is_relative_to(run.save_path), "runs share it"
     _, changed = noted("--use_gpu", "0", "--optimizer", "adamw_8bit", "--batch_size", "4")
     assert (changed.use_gpu, changed.optimizer, changed.batch_size) == (False, "adamw_8bit", 4)
     assert changed.quantization == "nf4"

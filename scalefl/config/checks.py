@@ -93,9 +93,22 @@ def problems(
     model_file: ModelFile,
     where: Callable[[str], str] = "--{}".format,
     unread: Collection[str] = (),
+    asked_for: Collection[str] = (),
 ) -> list[str]:
-    """One line per problem. `where` says where an option came from; `unread` ones are left out."""
-    findings = chain(_ranges(run), _levels(run), _training(run), _tuning(run, model_file), _answers(run))
+    """One line per problem. `where` says where an option came from; `unread` ones are left out.
+
+    `asked_for` are the options that a person gave: of these none may be without effect.
+    """
+    findings = chain(
+        _ranges(run),
+        _levels(run),
+        _training(run),
+        _tuning(run, model_file),
+        _quantisation(run),
+        _features(run),
+        _answers(run),
+        _without_effect(run, asked_for),
+    )
     return [
         f"{where(options[0])}: {text}"
         for options, text in findings
@@ -195,6 +208,15 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
         )
     if run.tuning == "lora" and not run.lora_targets:
         yield ("lora_targets", "tuning"), "empty; --tuning lora needs at least one, such as q_proj."
+    if run.tuning == "full" and not run.freeze_vit and model_file.vit_precision == "fp16":
+        yield (
+            ("tuning", "freeze_vit"),
+            f"full would train the vision tower, which {model_file.name} keeps in fp16 (vit_precision); "
+            "set that to fp32 or bf16, or give --freeze_vit.",
+        )
+
+
+def _quantisation(run: RunConfig) -> Iterator[Finding]:
     if run.tuning == "full" and run.quantization != "none":
         yield (
             ("quantization", "tuning"),
@@ -212,6 +234,9 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
             ("quant_compute_dtype", "quantization"),
             f"got {run.quant_compute_dtype}, but nothing is quantised; leave it out, or add --quantization.",
         )
+
+
+def _features(run: RunConfig) -> Iterator[Finding]:
     if run.feature_folder is not None and run.feature_cache != "file":
         yield (
             ("feature_folder", "feature_cache"),
@@ -232,12 +257,6 @@ def _tuning(run: RunConfig, model_file: ModelFile) -> Iterator[Finding]:
             ("feature_cache", "augment"),
             f"got {run.feature_cache}, but --augment changes the pixels at every step; drop one.",
         )
-    if run.tuning == "full" and not run.freeze_vit and model_file.vit_precision == "fp16":
-        yield (
-            ("tuning", "freeze_vit"),
-            f"full would train the vision tower, which {model_file.name} keeps in fp16 (vit_precision); "
-            "set that to fp32 or bf16, or give --freeze_vit.",
-        )
 
 
 def _answers(run: RunConfig) -> Iterator[Finding]:
@@ -247,5 +266,26 @@ def _answers(run: RunConfig) -> Iterator[Finding]:
         yield ("answers",), f"got {got}; expected texts that differ, without blanks around them."
 
 
-def _spaced(numbers: Collection[int]) -> str:
+def _without_effect(run: RunConfig, asked_for: Collection[str]) -> Iterator[Finding]:
+    if "double_quant" in asked_for and run.quantization != "nf4":
+        yield (
+            ("double_quant", "quantization"),
+            f"is of --quantization nf4 alone, which is {run.quantization}; leave it out, or choose nf4.",
+        )
+    if "checkpointing_levels" in asked_for and not run.checkpointing_levels:
+        yield ("checkpointing_levels",), "got no level; expected some, or leave it out for all of them."
+    if "client_split_ratios" in asked_for and "client_levels" in asked_for and run.client_levels:
+        # A plan writes both, and they agree.
+        clients, levels = len(run.client_levels), range(1, len(run.client_split_ratios) + 1)
+        counts = [run.client_levels.count(level) for level in levels]
+        wanted = [share * clients for share in run.client_split_ratios]
+        if any(abs(count - share) >= 1 for count, share in zip(counts, wanted, strict=True)):
+            yield (
+                ("client_split_ratios", "client_levels"),
+                f"got {_spaced(run.client_split_ratios)}, but --client_levels deals "
+                f"{_spaced(counts)} of the {clients} clients; drop one.",
+            )
+
+
+def _spaced(numbers: Collection[float]) -> str:
     return " ".join(map(str, numbers))

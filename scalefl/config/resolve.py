@@ -62,7 +62,11 @@ def resolve(flags: Mapping[str, Any], *config_files: str) -> tuple[RunConfig, Mo
 
     unread = _still_unread(layers_read)
     found += problems_of(
-        run, model_file, lambda name: layers[name].where if name in layers else f"--{name}", unread
+        run,
+        model_file,
+        lambda name: layers[name].where if name in layers else f"--{name}",
+        unread,
+        asked_for=explicit,
     )
     found += _changes(run, explicit)
     if found:
