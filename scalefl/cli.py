@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.name == "plan":
             from scalefl.planning.command import plan
 
-            plan(run, model_file, command.plan)
+            if _speaks():  # once under `accelerate launch`
+                plan(run, model_file, command.plan)
             return 0
         from scalefl.federation.run import train
 

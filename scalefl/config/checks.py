@@ -149,6 +149,17 @@ def _levels(run: RunConfig) -> Iterator[Finding]:
             ("client_levels", "num_clients"),
             f"got {len(run.client_levels)} levels for {run.num_clients} clients; expected one for each.",
         )
+    if run.client_names and (len(run.client_names), len(set(run.client_names))) != (run.num_clients,) * 2:
+        yield (
+            ("client_names", "num_clients"),
+            f"got {len(set(run.client_names))} names for {run.num_clients} clients; expected one for each.",
+        )
+    if run.client_levels and run.partitioner == "natural" and not run.client_names:
+        yield (
+            ("client_levels", "client_names", "partitioner"),
+            "under --partitioner natural a client is a site, and which one is not said; "
+            "expected --client_names too, the sites in the same order.",
+        )
     if any(later <= earlier for earlier, later in pairwise(run.ee_locs)):
         text = f"exits out of order: {_spaced(run.ee_locs)}; expected each layer once, rising, such as "
         yield ("ee_locs",), text + f"{_spaced(sorted(set(run.ee_locs)))}."

@@ -99,6 +99,8 @@ class LevelOptions:
     """Share of the clients at each level; the shares sum to 1."""
     client_levels: tuple[int, ...] = ()
     """Level of every client, in place of client_split_ratios; `scalefl plan --client_budgets` writes it."""
+    client_names: tuple[str, ...] = ()
+    """Name of every client, in the order of client_levels; under --partitioner natural, the site it is."""
     ee_locs: tuple[int, ...] = (8, 16, 24)
     """Layers after which an early exit sits. The last layer is always an exit."""
     width_axes: Literal["inner", "all"] = "inner"

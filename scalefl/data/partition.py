@@ -43,6 +43,7 @@ class _Request:
     classes_per_client: int
     min_patients: int
     seed: int
+    client_names: Sequence[str]
 
     @property
     def remedy(self) -> str:
@@ -83,13 +84,15 @@ def partition(
     classes_per_client: int,
     min_patients: int,
     seed: int,
+    client_names: Sequence[str] = (),
 ) -> Clients:
     """Deal the training patients to clients, disjointly and completely, `min_patients` or more to each.
 
     dirichlet: label proportions drawn per client with concentration `alpha`.
     pathological: client i holds `classes_per_client` neighbouring labels, beginning with label i.
     size_skewed: after `min_patients` each, the rest in shares drawn from Dirichlet(alpha), labels at random.
-    natural: by site; of several sites on one client, which ones go together is drawn from the seed.
+    natural: by site; client i is the site `client_names[i]`. Without names it is drawn from the seed, as is
+    which sites go together on one client.
     Raises InputError where the request and the data do not fit.
     """
     request = _Request(
@@ -99,13 +102,14 @@ def partition(
         classes_per_client=classes_per_client,
         min_patients=min_patients,
         seed=seed,
+        client_names=client_names,
     )
     patients = _patients(train)
     _check_request(request, patients)
     # The partitioners cut runs of rows: an unshuffled table would be dealt out by name.
     numpy_rng(seed, "partition/order").shuffle(patients)
     if partitioner == "natural":
-        column = _group_sites(patients, num_clients, seed)
+        column = _group_sites(patients, request)
     else:
         column = [patient.label or 0 for patient in patients]
     rows_per_client = _deal_rows(request, column)
@@ -210,7 +214,7 @@ def _check_request(request: _Request, patients: list[_Patient]) -> None:
         )
 
 
-def _group_sites(patients: list[_Patient], num_clients: int, seed: int) -> list[int]:
+def _group_sites(patients: list[_Patient], request: _Request) -> list[int]:
     """The client of each patient: every site whole, about equally many sites per client."""
     without_site = sum(patient.site is None for patient in patients)
     if without_site:
@@ -219,15 +223,36 @@ def _group_sites(patients: list[_Patient], num_clients: int, seed: int) -> list[
             f"supply a 'site' for every image or use another partitioner."
         )
     sites = sorted({patient.site for patient in patients if patient.site is not None})
-    if num_clients > len(sites):
+    if request.client_names:
+        _check_names(sites, request.client_names)
+        client_of_site = {site: client for client, site in enumerate(request.client_names)}
+    elif request.num_clients > len(sites):
         raise InputError(
-            f"--partitioner natural: {num_clients} clients but {len(sites)} sites in the training data; "
-            f"ask for at most {len(sites)} clients."
+            f"--partitioner natural: {request.num_clients} clients but {len(sites)} sites in the training "
+            f"data; ask for at most {len(sites)} clients."
         )
-    numpy_rng(seed, "partition/sites").shuffle(sites)
-    groups = np.array_split(np.arange(len(sites)), num_clients)
-    client_of_site = {sites[i]: client for client, group in enumerate(groups) for i in group}
+    else:
+        numpy_rng(request.seed, "partition/sites").shuffle(sites)
+        groups = np.array_split(np.arange(len(sites)), request.num_clients)
+        client_of_site = {sites[i]: client for client, group in enumerate(groups) for i in group}
     return [client_of_site[patient.site] for patient in patients if patient.site is not None]
+
+
+def _check_names(sites: Sequence[str], names: Sequence[str]) -> None:
+    """Raise InputError unless the names are those of the sites."""
+    problems = [
+        f"{kind} {', '.join(sorted(found))}"
+        for kind, found in (
+            ("no training data of", set(names) - set(sites)),
+            ("no client for", set(sites) - set(names)),
+        )
+        if found
+    ]
+    if problems:
+        raise InputError(
+            f"--client_names: {'; '.join(problems)}; under --partitioner natural expected each site of the "
+            f"training data once: {', '.join(sites)}."
+        )
 
 
 def _skewed_sizes(request: _Request, num_patients: int) -> list[int]:

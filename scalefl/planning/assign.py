@@ -8,15 +8,7 @@ from typing import Protocol
 
 from scalefl.contracts import InputError
 from scalefl.planning.budgets import Budget
-from scalefl.planning.predict import LevelPlan
-
-MARGIN = 0.05
-"""Share of the predicted peak that is kept free."""
-
-MEND = (
-    "give it more memory, or lower the need: a smaller --batch_size or --micro_batch_size, "
-    "--gradient_checkpointing, --quantization nf4"
-)
+from scalefl.planning.predict import MARGIN, LevelPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +18,7 @@ class Assignment:
     levels: tuple[LevelPlan, ...]
     client_levels: tuple[int, ...]
     """Counted from 1."""
+    client_names: tuple[str, ...]
 
     def options(self) -> dict[str, object]:
         """The options of a run that trains by this assignment."""
@@ -33,6 +26,7 @@ class Assignment:
         return {
             "num_clients": len(self.client_levels),
             "client_levels": list(self.client_levels),
+            "client_names": list(self.client_names),
             "vertical_scale_ratios": [plan.spec.width_ratio for plan in self.levels],
             "horizontal_scale_ratios": [plan.spec.depth for plan in self.levels],
             "client_split_ratios": [count / len(self.client_levels) for count in counts],
@@ -51,32 +45,27 @@ class SubModelPlans(Protocol):
     def submodel(self, width: float, depth: int) -> LevelPlan: ...
 
 
-def need(plan: LevelPlan) -> int:
-    """Bytes that a client's own process is to have for this sub-model."""
-    return round(plan.own.total * (1 + MARGIN))
-
-
-def best_fit(budgets: Sequence[Budget], levels: Sequence[LevelPlan]) -> Assignment:
+def best_fit(budgets: Sequence[Budget], levels: Sequence[LevelPlan], remedies: str = "") -> Assignment:
     """Of the levels that fit a client, the one of most multiply-accumulates, then of most exits.
 
-    Raises InputError with one line for each client that no level fits.
+    Raises InputError with one line for each client that no level fits; `remedies` says what lowers a need.
     """
     order = sorted(range(len(levels)), key=lambda i: (levels[i].cost.macs, levels[i].spec.depth))
-    smallest = min(levels, key=need)
+    smallest = min(levels, key=lambda level: level.need)
     chosen, problems = [], []
     for budget in budgets:
-        fitting = [i + 1 for i in order if need(levels[i]) <= budget.memory]
+        fitting = [i + 1 for i in order if levels[i].need <= budget.memory]
         if fitting:
             chosen.append(fitting[-1])
         else:
             level = f"level {levels.index(smallest) + 1}"
-            problems.append(_shortage(budget, smallest, f"the smallest, {level},", f"{MEND}, or --search"))
+            problems.append(_shortage(budget, smallest, f"the smallest, {level},", f"{remedies}, --search"))
     if problems:
         raise InputError("\n".join(problems))
-    return Assignment(levels=tuple(levels), client_levels=tuple(chosen))
+    return _assignment(budgets, levels, chosen)
 
 
-def search(budgets: Sequence[Budget], plans: SubModelPlans) -> Assignment:
+def search(budgets: Sequence[Budget], plans: SubModelPlans, remedies: str = "") -> Assignment:
     """For each client, the sub-model of most parameters, then of most multiply-accumulates, that fits.
 
     Over every depth and every width that keeps whole units. Raises InputError as `best_fit` does.
@@ -86,7 +75,7 @@ def search(budgets: Sequence[Budget], plans: SubModelPlans) -> Assignment:
         found[memory] = largest_submodel(memory, plans)
     smallest = plans.submodel(1 / plans.width_units, 1)
     problems = [
-        _shortage(budget, smallest, "the smallest sub-model", MEND)
+        _shortage(budget, smallest, "the smallest sub-model", remedies)
         for budget in budgets
         if found[budget.memory] is None
     ]
@@ -97,9 +86,14 @@ def search(budgets: Sequence[Budget], plans: SubModelPlans) -> Assignment:
     levels = sorted(distinct.values(), key=lambda plan: plan.size)
     places = {(plan.spec.width_ratio, plan.spec.depth): level for level, plan in enumerate(levels, start=1)}
     taken = [chosen[budget.memory].spec for budget in budgets]
-    return Assignment(
-        levels=tuple(levels), client_levels=tuple(places[spec.width_ratio, spec.depth] for spec in taken)
-    )
+    return _assignment(budgets, levels, [places[spec.width_ratio, spec.depth] for spec in taken])
+
+
+def _assignment(
+    budgets: Sequence[Budget], levels: Sequence[LevelPlan], client_levels: Sequence[int]
+) -> Assignment:
+    names = tuple(budget.client for budget in budgets)
+    return Assignment(levels=tuple(levels), client_levels=tuple(client_levels), client_names=names)
 
 
 def largest_submodel(memory: int, plans: SubModelPlans) -> LevelPlan | None:
@@ -124,7 +118,7 @@ def _most_units(memory: int, plans: SubModelPlans, depth: int) -> int:
     """
 
     def needed(units: int) -> int:
-        return need(plans.submodel(units / plans.width_units, depth))
+        return plans.submodel(units / plans.width_units, depth).need
 
     fits, exceeds = 1, plans.width_units
     if needed(exceeds) <= memory:
@@ -139,13 +133,17 @@ def _most_units(memory: int, plans: SubModelPlans, depth: int) -> int:
     return fits
 
 
-def _shortage(budget: Budget, smallest: LevelPlan, what: str, mend: str) -> str:
-    wanted = need(smallest)
+def _shortage(budget: Budget, smallest: LevelPlan, what: str, remedies: str) -> str:
     return (
-        f"client {budget.client}: has {_shown(budget.memory)}, {what} needs {_shown(wanted)} "
-        f"({MARGIN:.0%} to spare): {_shown(wanted - budget.memory)} missing; {mend}."
+        f"client {budget.client}: has {shown(budget.memory)}, {what} needs {shown(smallest.need)} "
+        f"({MARGIN:.0%} to spare): {shown(smallest.need - budget.memory)} missing; "
+        f"give it more memory, or lower the need: {remedies}."
     )
 
 
-def _shown(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+def shown(count: float) -> str:
+    """Bytes for people."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"

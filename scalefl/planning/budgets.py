@@ -38,10 +38,11 @@ class Budget:
     """Bytes a second, each way."""
 
 
-def read_budgets(path: str) -> tuple[Budget, ...]:
+def read_budgets(path: str, numbered: bool = True) -> tuple[Budget, ...]:
     """Budgets in the order of client numbers. Raises InputError with one line per problem.
 
-    Clients that are named are numbered in the file's order; numbers must be 0, 1, 2 and so on.
+    Clients that are named are numbered in the file's order; numbers must be 0, 1, 2 and so on, unless they
+    are not `numbered`: then numbers are names like any other.
     """
     problems: list[str] = []
     budgets: list[Budget] = []
@@ -56,7 +57,7 @@ def read_budgets(path: str) -> tuple[Budget, ...]:
         if names.count(name) > 1
     ]
     numbers = [name for name in names if name.isdecimal()]
-    if not problems and numbers:
+    if not problems and numbers and numbered:
         if sorted(map(int, numbers)) != list(range(len(names))):
             problems.append(
                 f"{path}: clients {', '.join(names)}; expected names, or the numbers 0 to {len(names) - 1}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from scalefl.config.options import RunConfig
 from scalefl.config.planoptions import PlanOptions
 from scalefl.console import Display
 from scalefl.contracts import InputError
-from scalefl.planning.assign import MARGIN, Assignment, best_fit, need, search
+from scalefl.planning.assign import Assignment, best_fit, search, shown
 from scalefl.planning.budgets import Budget, read_budgets
 from scalefl.planning.estimate import MemoryEstimate
-from scalefl.planning.predict import LevelPlan, Predictor
+from scalefl.planning.predict import MARGIN, RUNTIME, LevelPlan, Predictor
 from scalefl.planning.subject import subject_of
 from scalefl.registry import resolve
 
@@ -26,12 +27,19 @@ GLIBC = (
     "on the CPU, glibc keeps some of what a process frees, up to as much again as it uses; with "
     "MALLOC_MMAP_THRESHOLD_=65536 in its environment it gives it back, and steps take about a sixth longer"
 )
+HEADER = "# Written by `scalefl plan`."
+"""The first words of an assignment: a file that begins otherwise is not written over."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "total", "host")
 
 
 def plan(run: RunConfig, model_file: ModelFile, options: PlanOptions) -> None:
     """Predict, print, and with budgets assign levels to clients. Nothing is loaded or trained."""
-    budgets = read_budgets(options.client_budgets) if options.client_budgets is not None else ()
+    by_site = run.partitioner == "natural"
+    budgets: tuple[Budget, ...] = ()
+    if options.client_budgets is not None:
+        budgets = read_budgets(options.client_budgets, numbered=not by_site)
+    if options.out is not None:
+        _check_out(Path(options.out))
     if options.search and run.checkpointing_levels:
         raise InputError(
             "--search: makes levels of its own, but --checkpointing_levels names some; leave that out."
@@ -40,17 +48,24 @@ def plan(run: RunConfig, model_file: ModelFile, options: PlanOptions) -> None:
     predictor = Predictor(run, subject, options)
     assignment = None
     if options.search:
-        assignment = search(budgets, predictor)
+        assignment = search(budgets, predictor, remedies(run, predictor))
         levels: Sequence[LevelPlan] = assignment.levels
     else:
         levels = predictor.levels()
-        assignment = best_fit(budgets, levels) if budgets else None
+        assignment = best_fit(budgets, levels, remedies(run, predictor)) if budgets else None
+    notes = [*subject.notes, *_notes(run, predictor, levels)]
     if assignment is not None and options.out is not None:
-        _write(options.out, assignment, budgets)
-    notes = [*subject.notes, *_notes(run, predictor)]
+        _write(Path(options.out), assignment, [*subject.notes, _step(run, predictor)])
     display = Display(speaks=True, print_freq=run.print_freq)
     if options.json:
-        display.line(json.dumps(_record(levels, assignment, budgets, run, options, notes)))
+        record: dict[str, Any] = {
+            "levels": [_level_record(n, level) for n, level in enumerate(levels, start=1)]
+        }
+        if predictor.features is not None:
+            record["features"] = _bytes(predictor.features)
+        if assignment is not None:
+            record |= _assignment_record(assignment, budgets, run, options)
+        display.line(json.dumps(record | {"notes": notes}))
         return
     _print_levels(display, levels, predictor)
     if assignment is not None:
@@ -77,44 +92,81 @@ def seconds_per_round(budget: Budget, level: LevelPlan, run: RunConfig, options:
     return computing + 2 * level.cost.bytes_each_way / budget.bandwidth
 
 
-def _notes(run: RunConfig, predictor: Predictor) -> list[str]:
+def remedies(run: RunConfig, predictor: Predictor) -> str:
+    """What this run has not done yet to need less."""
+    possible = {
+        "a smaller --micro_batch_size": predictor.micro_batch_size > 1,
+        "--gradient_checkpointing": not run.gradient_checkpointing,
+        "--precision bf16": run.precision == "fp32",
+        "--tuning lora": run.tuning == "full",
+        "--quantization nf4": run.tuning == "lora"
+        and run.quantization != "nf4"
+        and run.width_axes == "inner",
+        "--optimizer adamw_8bit": run.optimizer == "adamw",
+        "smaller --vertical_scale_ratios": True,
+    }
+    return ", ".join(what for what, helps in possible.items() if helps)
+
+
+def _step(run: RunConfig, predictor: Predictor) -> str:
+    """What a level was planned for."""
     launch, rows = predictor.launch, predictor.micro_batch_size
     engine = f"ZeRO-{launch.zero_stage}, offload {launch.offload}" if launch.zero_stage else "no ZeRO"
     tower = "images as cached features" if predictor.caches_features else "images through the vision tower"
     step = f"{rows} rows a process and forward pass, {tower}, --precision {run.precision}, "
     step += f"--quantization {run.quantization}, --optimizer {run.optimizer}, {engine}, "
-    step += f"{launch.world_size} process(es) on {launch.device}"
+    return step + f"{launch.world_size} process(es) on {launch.device}"
+
+
+def _notes(run: RunConfig, predictor: Predictor, levels: Sequence[LevelPlan]) -> list[str]:
+    device = predictor.launch.device
     held = "the base of all levels" if predictor.rounds_hold_all else "one level's slice, read from files"
-    return [
-        step,
+    beside = "Python and libraries" if device == "cpu" else "the GPU's context and libraries"
+    notes = [
+        _step(run, predictor),
         f"in a round: a process that trains clients of every level and holds {held}; "
         "own process: a client's, which holds its level's slice alone",
         "split as it is at the moment of the peak: before the backward pass there are no gradients",
-        "host: offloaded and paged parts, and trainable states on their way, in the first process",
-        "not counted: Python with its libraries, a GPU's context, images and features held, evaluation",
-        *([GLIBC] if launch.device == "cpu" else []),
+        "host: offloaded and paged parts, and trainable states on their way, in the first process"
+        + ("; the same memory on the CPU" if device == "cpu" else ""),
+        f"evaluation: {run.eval_batch_size} rows a process and pass (--eval_batch_size), candidates packed",
+        f"not counted: {shown(RUNTIME[device])} of {beside}, but in what clients need",
+        f"not counted: {shown(predictor.bytes_of_image)} of host memory for every image that is held",
+        *([GLIBC] if device == "cpu" else []),
     ]
+    if (whole := predictor.evaluation_of_whole(levels)) is not None:
+        notes.append(f"the whole model, which no level is, is evaluated too: {shown(whole.on(device))}")
+    return notes
 
 
 def _print_levels(display: Display, levels: Sequence[LevelPlan], predictor: Predictor) -> None:
     rows: list[list[Any]] = []
     for number, level in enumerate(levels, start=1):
         spec, cost = level.spec, level.cost
-        sent = f"{cost.bytes_each_way / 1e6:.2f} MB"
         rows.append([f"level {number}", f"{spec.width_ratio:g}", spec.depth])
-        rows[-1] += [f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.macs / 1e6:,.1f} M", sent, sent]
+        rows[-1] += [f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.macs / 1e6:,.1f} M"]
+        rows[-1] += [f"{cost.bytes_each_way / 1e6:.2f} MB"]
         rows[-1].append(" ".join(f"{axis}={units}" for axis, units in spec.kept.items()))
-    columns = ["level", "width", "exits", "parameters", "trainable", "MACs/example", "up", "down", "keeps"]
+    columns = ["level", "width", "exits", "parameters", "trainable", "MACs/example", "up = down", "keeps"]
     display.table("levels, a client and round", columns, rows)
     unit, name = _unit([level.round for level in levels])
     rows = []
+    if predictor.features is not None:
+        rows.append(["all", "image features", *_cells(predictor.features, unit)])
     for number, level in enumerate(levels, start=1):
-        for where, memory in (("in a round", level.round), ("own process", level.own)):
-            shown = [f"{getattr(memory, part) / unit:,.2f}" for part in PARTS]
-            rows.append([f"level {number}", where, *shown])
+        for when, memory in (
+            ("training in a round", level.round),
+            ("training, own process", level.own),
+            ("evaluation", level.evaluation),
+        ):
+            rows.append([f"level {number}", when, *_cells(memory, unit)])
     display.table(
         f"predicted peak of one process on {predictor.launch.device}, {name}", ["level", "", *PARTS], rows
     )
+
+
+def _cells(memory: MemoryEstimate, unit: float) -> list[str]:
+    return [f"{getattr(memory, part) / unit:,.2f}" for part in PARTS]
 
 
 def _unit(memories: Sequence[MemoryEstimate]) -> tuple[float, str]:
@@ -124,16 +176,15 @@ def _unit(memories: Sequence[MemoryEstimate]) -> tuple[float, str]:
 def _print_clients(
     display: Display, assignment: Assignment, budgets: Sequence[Budget], run: RunConfig, options: PlanOptions
 ) -> None:
-    unit, name = _unit([level.own for level in assignment.levels])
     rows: list[list[Any]] = []
     for number, (budget, at) in enumerate(zip(budgets, assignment.client_levels, strict=True)):
         level = assignment.levels[at - 1]
         seconds = seconds_per_round(budget, level, run, options)
         called = f"client {number}" if budget.client == str(number) else f"client {number} ({budget.client})"
         rows.append([called, at, f"{level.spec.width_ratio:g}", level.spec.depth])
-        rows[-1] += [f"{budget.memory / unit:,.2f}", f"{need(level) / unit:,.2f}"]
+        rows[-1] += [shown(budget.memory), shown(level.need)]
         rows[-1].append(None if seconds is None else f"{seconds:,.1f}")
-    columns = ["client", "level", "width", "exits", f"has, {name}", f"needs, {name}", "s/round"]
+    columns = ["client", "level", "width", "exits", "has", "needs", "s/round"]
     display.table(f"clients, {MARGIN:.0%} to spare", columns, rows)
     if any(budget.flops and budget.bandwidth for budget in budgets) and run.local_steps is None:
         display.line(
@@ -142,55 +193,70 @@ def _print_clients(
         )
 
 
-def _record(
-    levels: Sequence[LevelPlan],
-    assignment: Assignment | None,
-    budgets: Sequence[Budget],
-    run: RunConfig,
-    options: PlanOptions,
-    notes: Sequence[str],
-) -> dict[str, Any]:
+def _level_record(number: int, level: LevelPlan) -> dict[str, Any]:
     """What the tables say, in bytes."""
-    record: dict[str, Any] = {
-        "levels": [
-            {
-                "level": number,
-                "width_ratio": level.spec.width_ratio,
-                "depth": level.spec.depth,
-                "kept": dict(level.spec.kept),
-                **dataclasses.asdict(level.cost),
-                "round": _bytes(level.round),
-                "own": _bytes(level.own),
-            }
-            for number, level in enumerate(levels, start=1)
-        ],
-        "notes": list(notes),
+    return {
+        "level": number,
+        "width_ratio": level.spec.width_ratio,
+        "depth": level.spec.depth,
+        "kept": dict(level.spec.kept),
+        **dataclasses.asdict(level.cost),
+        "round": _bytes(level.round),
+        "own": _bytes(level.own),
+        "evaluation": _bytes(level.evaluation),
+        "needs": level.need,
     }
-    if assignment is not None:
-        record["assignment"] = assignment.options()
-        record["clients"] = [
+
+
+def _assignment_record(
+    assignment: Assignment, budgets: Sequence[Budget], run: RunConfig, options: PlanOptions
+) -> dict[str, Any]:
+    pairs = zip(budgets, assignment.client_levels, strict=True)
+    return {
+        "assignment": assignment.options(),
+        "clients": [
             {
                 "client": budget.client,
                 "level": at,
                 "memory": budget.memory,
-                "needs": need(levels[at - 1]),
-                "seconds_per_round": seconds_per_round(budget, levels[at - 1], run, options),
+                "needs": assignment.levels[at - 1].need,
+                "seconds_per_round": seconds_per_round(budget, assignment.levels[at - 1], run, options),
             }
-            for budget, at in zip(budgets, assignment.client_levels, strict=True)
-        ]
-    return record
+            for budget, at in pairs
+        ],
+    }
 
 
 def _bytes(memory: MemoryEstimate) -> dict[str, int]:
     return {part: getattr(memory, part) for part in PARTS}
 
 
-def _write(path: str, assignment: Assignment, budgets: Sequence[Budget]) -> None:
-    names = ", ".join(f"{number} = {budget.client}" for number, budget in enumerate(budgets))
-    options = yaml.safe_dump(assignment.options(), sort_keys=False, default_flow_style=None)
+def _check_out(path: Path) -> None:
+    """Raise InputError where a file is there that no plan wrote."""
     try:
-        Path(path).write_text(f"# Written by `scalefl plan`. Clients: {names}.\n{options}", encoding="utf-8")
+        with open(path, "rb") as file:
+            if file.read(len(HEADER)) == HEADER.encode():
+                return
+    except FileNotFoundError:
+        return
     except OSError as error:
-        raise InputError(
-            f"--out {path}: {error.strerror}; expected a file in a folder that is there and can be written."
-        ) from error
+        raise _unwritable(path, error) from error
+    raise InputError(f"--out {path}: a file that `scalefl plan` did not write; expected another name.")
+
+
+def _write(path: Path, assignment: Assignment, notes: Sequence[str]) -> None:
+    """The assignment, whole or not at all."""
+    header = "".join(f"{line}\n" for line in (f"{HEADER} For:", *(f"# {note}" for note in notes)))
+    options = yaml.safe_dump(assignment.options(), sort_keys=False, default_flow_style=None)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(header + options, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"--out {path}: {error.strerror}; expected a file in a folder that is there and can be written."
+    )

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from scalefl.planning.standin import Held
 from scalefl.planning.trace import Moment
 
-REDUCE_BUCKET, REDUCE_BUCKET_OFFLOADED = 50_000_000, 20_000_000
-"""Elements that DeepSpeed collects before it reduces them: reduce_bucket_size in ds_configs/."""
+BUCKET, BUCKET_OFFLOADED = 50_000_000, 20_000_000
+"""Elements that DeepSpeed collects before it sends them: reduce_bucket_size and, of weights that ZeRO-3
+gathers, stage3_prefetch_bucket_size in ds_configs/."""
 LIVE_ELEMENTS = 300_000_000
 """Elements that ZeRO-3 may have gathered at a time: stage3_max_live_parameters in ds_configs/."""
-PREFETCH_ELEMENTS = 50_000_000
-"""Elements that ZeRO-3 gathers at once: stage3_prefetch_bucket_size in ds_configs/."""
 SMALL = 4096
 """Elements of a tensor below which 8-bit optimizers keep its state in fp32."""
 BLOCK_8BIT = 256
@@ -39,6 +38,10 @@ class MemoryEstimate:
     logits: int
     host: int
     """Bytes in host memory besides: what is offloaded or paged, and the trainable states that are merged."""
+
+    def on(self, device: str) -> int:
+        """Bytes of that device's memory: on the CPU there is one memory for both."""
+        return self.total + self.host if device == "cpu" else self.total
 
     def with_host(self, more: int) -> MemoryEstimate:
         return dataclasses.replace(self, host=self.host + more)
@@ -63,6 +66,11 @@ class Launch:
     device: str
     """cpu or cuda."""
 
+    @property
+    def bucket(self) -> int:
+        """Elements that ZeRO collects before it sends them."""
+        return BUCKET if self.offload == "none" else BUCKET_OFFLOADED
+
 
 def estimate(held: Held, moments: Iterable[Moment], launch: Launch) -> MemoryEstimate:
     """The peak of one process over the moments of its step, the update at its end included."""
@@ -83,6 +91,20 @@ def estimate(held: Held, moments: Iterable[Moment], launch: Launch) -> MemoryEst
             for moment in (*moments, end)
         ),
         key=lambda found: found.total,
+    )
+
+
+def estimate_inference(held: Held, moments: Iterable[Moment], launch: Launch) -> MemoryEstimate:
+    """The peak of one process over the moments of a pass without gradients."""
+    weights, host = _weights(held, launch)
+    peak = max(moments, key=lambda moment: moment.activations + moment.logits)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=0,
+        optimizer=0,
+        activations=peak.activations,
+        logits=peak.logits,
+        host=host,
     )
 
 
@@ -129,7 +151,7 @@ def _weights(held: Held, launch: Launch) -> tuple[int, int]:
         return every, 0
     elements = held.frozen_elements + sum(held.trainable)
     live, arriving = (
-        min(every, limit * every // max(elements, 1)) for limit in (LIVE_ELEMENTS, PREFETCH_ELEMENTS)
+        min(every, limit * every // max(elements, 1)) for limit in (LIVE_ELEMENTS, launch.bucket)
     )
     gathered, part = live + arriving, _share(every, launch)
     return (gathered, part) if launch.offload == "all" else (part + gathered, 0)
@@ -141,7 +163,7 @@ def _gradients(held: Held, moment: Moment, launch: Launch) -> int:
     if launch.zero_stage == 0:
         return own + (held.trainable_bytes if launch.world_size > 1 else 0)  # DDP's buckets are copies
     offloaded = launch.offload != "none"
-    bucket = 4 * (REDUCE_BUCKET_OFFLOADED if offloaded else REDUCE_BUCKET)
+    bucket = 4 * launch.bucket
     part = 0 if offloaded else _share(held.trainable_bytes, launch)
     if launch.zero_stage == 1:
         return own + part + 2 * bucket  # two: one fills, one travels

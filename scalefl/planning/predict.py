@@ -5,22 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scalefl.batches import Candidates
 from scalefl.config.options import RunConfig
 from scalefl.config.planoptions import PlanOptions
 from scalefl.contracts import InputError, LevelSpec
 from scalefl.engine.optimizers import PAGED, check_optimizer
+from scalefl.features import FEATURE_BATCH
 from scalefl.models.build import DTYPES, GlobalModel, plan_levels
 from scalefl.models.cost import LevelCost, level_cost
 from scalefl.models.submodels import WHOLE, SubModels
-from scalefl.planning.estimate import Launch, MemoryEstimate, estimate
+from scalefl.planning.estimate import Launch, MemoryEstimate, estimate, estimate_inference
 from scalefl.planning.standin import Held, StandIns, held_by
-from scalefl.planning.subject import Subject
-from scalefl.planning.trace import StepShape, trace_step
+from scalefl.planning.subject import PLACEHOLDER_ID, Subject
+from scalefl.planning.trace import StepShape, trace_features, trace_scoring, trace_step
+
+MARGIN = 0.05
+"""Share of the predicted peak that is kept free."""
+RUNTIME = {"cpu": 500_000_000, "cuda": 600_000_000}
+"""Bytes of Python and its libraries (measured: 440 MB), or of a GPU's context and libraries (assumed)."""
 
 LABEL_PARTITIONERS = ("dirichlet", "pathological")
 """Those whose clients' logits are adjusted unless told otherwise."""
@@ -33,9 +41,13 @@ class LevelPlan:
     spec: LevelSpec
     cost: LevelCost
     round: MemoryEstimate
-    """Of a process that trains clients of all levels, and holds the whole base for them."""
+    """Training, in a process that trains clients of all levels, and holds the whole base for them."""
     own: MemoryEstimate
-    """Of a process that holds this level's slice alone."""
+    """Training, in a process that holds this level's slice alone."""
+    evaluation: MemoryEstimate
+    """Scoring held-out examples, in the process of a round."""
+    need: int
+    """Bytes that a client's machine is to have for a process of its own, from its features to its change."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,7 +76,10 @@ class Predictor:
             check_optimizer(run, torch.device("cpu"), offloaded=offloaded)
         self.caches_features = bool(run.freeze_vit) and run.feature_cache != "off" and not run.augment
         self._models = GlobalModel(run, subject.family, subject.config, {}).models
+        self.features: MemoryEstimate | None = None
+        """Of the vision tower's pass over every image, before the rest of the base is there."""
         if self.caches_features:
+            self.features = self._feature_pass()
             self._models.drop_vision()
         self._found: dict[tuple[float, int], LevelPlan] = {}
 
@@ -84,12 +99,21 @@ class Predictor:
         store = self._run.base_store
         return store == "resident" or (store == "auto" and self.launch.zero_stage < 3)
 
+    @property
+    def bytes_of_image(self) -> int:
+        """What a run keeps of an image in host memory: its features, or its pixels in 8 bits, in colour."""
+        if not self.caches_features:
+            return 3 * self._subject.config.vision_config.image_size**2
+        ((shape, dtype),) = self._micro_batch(1).images.values()
+        return math.prod(shape) * dtype.itemsize if self._run.feature_cache != "file" else 0
+
     def levels(self) -> list[LevelPlan]:
         """The run's own, weakest first."""
         limited_to, plans = self._run.checkpointing_levels, []
         for level in self._models.levels:
             checkpoints = self._run.gradient_checkpointing and (not limited_to or level in limited_to)
-            plans.append(self._plan(self._models, level, checkpoints))
+            run = dataclasses.replace(self._run, gradient_checkpointing=checkpoints)
+            plans.append(self._plan(self._models, level, run))
         return plans
 
     def submodel(self, width: float, depth: int) -> LevelPlan:
@@ -101,35 +125,81 @@ class Predictor:
             models = plan_levels(run, self._subject.family, self._subject.config)
             if self.caches_features:
                 models.drop_vision()
-            self._found[width, depth] = self._plan(models, 1, run.gradient_checkpointing)
+            self._found[width, depth] = self._plan(models, 1, run)
         return self._found[width, depth]
 
-    def _plan(self, models: SubModels, level: int, checkpoints: bool) -> LevelPlan:
+    def _plan(self, models: SubModels, level: int, run: RunConfig) -> LevelPlan:
+        """`run` is as the level trains: its gradient_checkpointing is the level's."""
         rows = self._micro_batch(self.micro_batch_size)
         mode = FakeTensorMode()
-        model = self._stand_ins(models, checkpoints).make(level, mode)
+        model = self._stand_ins(models, run).make(level, mode)
         moments, held = trace_step(model, models.vocab_size, rows, mode), held_by(model)
-        base, state = self._base, sum(math.prod(shape) for shape in models.trainable_shapes.values())
-        whole = held
-        if self.rounds_hold_all:
-            whole = dataclasses.replace(
-                held, frozen_bytes=base.frozen_bytes, frozen_elements=base.frozen_elements
-            )
-        sent = models.slice_bytes(level)
+        sent, state = models.slice_bytes(level), _state_bytes(models)
+        own = estimate(held, moments, self.launch).with_host(2 * sent)  # the state and its change
         return LevelPlan(
             spec=models.slices[level].spec,
             cost=level_cost(models, level, self._micro_batch(1).inputs()),
-            round=estimate(whole, moments, self.launch).with_host(3 * 4 * state + sent),
-            own=estimate(held, moments, self.launch).with_host(2 * sent),
+            # The state, the sum of changes, and this client's change.
+            round=estimate(self._in_round(held), moments, self.launch).with_host(2 * state + sent),
+            own=own,
+            evaluation=self.evaluation(models, level),
+            need=self._need(own),
         )
+
+    def evaluation(self, models: SubModels, level: int) -> MemoryEstimate:
+        """Of one level in the process of a round."""
+        mode = FakeTensorMode()
+        model = self._stand_ins(models, _forward_only(self._run)).make(level, mode)
+        rows = self._micro_batch(self._run.eval_batch_size)
+        moments = trace_scoring(model, models.vocab_size, rows, self._candidates, mode)
+        held = self._in_round(held_by(model))
+        if self.launch.device == "cpu":  # there the trained part is views of the state
+            held = dataclasses.replace(held, trainable=())
+        # The state, the sum of changes, and what was merged of both.
+        return estimate_inference(held, moments, self.launch).with_host(3 * _state_bytes(models))
+
+    def evaluation_of_whole(self, levels: Sequence[LevelPlan]) -> MemoryEstimate | None:
+        """Of the whole model, which is evaluated where no level is the whole."""
+        sizes = {name: axis.size for name, axis in self._models.axes.items()}
+        if any(level.spec.depth == self.num_exits and level.spec.is_whole(sizes) for level in levels):
+            return None
+        return self.evaluation(self._models, WHOLE)
+
+    def _feature_pass(self) -> MemoryEstimate:
+        mode, size = FakeTensorMode(), self._subject.config.vision_config.image_size
+        tower = self._stand_ins(self._models, self._run).tower(mode)
+        moments = trace_features(
+            tower,
+            self._subject.family.encode_images,
+            images=(FEATURE_BATCH, 3, size, size),
+            autocast=self._run.precision == "bf16",
+            mode=mode,
+        )
+        alone = dataclasses.replace(self.launch, zero_stage=0)  # no engine has it yet
+        return estimate_inference(held_by(tower), moments, alone).with_host(_state_bytes(self._models))
+
+    def _in_round(self, held: Held) -> Held:
+        if not self.rounds_hold_all:
+            return held
+        base = self._base
+        return dataclasses.replace(held, frozen_bytes=base.frozen_bytes, frozen_elements=base.frozen_elements)
+
+    def _need(self, own: MemoryEstimate) -> int:
+        phases = [own] if self.features is None else [own, self.features]
+        device = self.launch.device
+        return round(max(phase.on(device) for phase in phases) * (1 + MARGIN)) + RUNTIME[device]
 
     @functools.cached_property
     def _base(self) -> Held:
         """The whole model."""
-        return held_by(self._stand_ins(self._models, checkpoints=False).make(WHOLE, FakeTensorMode()))
+        return held_by(self._stand_ins(self._models, self._run).make(WHOLE, FakeTensorMode()))
 
-    def _stand_ins(self, models: SubModels, checkpoints: bool) -> StandIns:
-        run = dataclasses.replace(self._run, gradient_checkpointing=checkpoints)
+    @property
+    def _candidates(self) -> Candidates:
+        """As many answers as the run's, each as long as the longest; which tokens they are is all one."""
+        return Candidates(ids=((PLACEHOLDER_ID,) * self._subject.answer_length,) * len(self._run.answers))
+
+    def _stand_ins(self, models: SubModels, run: RunConfig) -> StandIns:
         return StandIns(models=models, run=run, vit_dtype=self._vit_dtype)
 
     @property
@@ -158,6 +228,16 @@ class Predictor:
             temperature=run.KD_T,
             adjusts_logits=run.logit_adjustment == "on" or (run.logit_adjustment == "auto" and skewed),
         )
+
+
+def _forward_only(run: RunConfig) -> RunConfig:
+    """How the run's models evaluate."""
+    return dataclasses.replace(run, gradient_checkpointing=False, attn="sdpa")
+
+
+def _state_bytes(models: SubModels) -> int:
+    """The global trainable state, in fp32."""
+    return 4 * sum(math.prod(shape) for shape in models.trainable_shapes.values())
 
 
 def _micro_batch_size(run: RunConfig, world_size: int) -> int:

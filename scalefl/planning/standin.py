@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scalefl.config.options import RunConfig
 from scalefl.models.build import DTYPES
 from scalefl.models.quantised import BLOCK, NESTED_BLOCK, QuantisedLinear, QuantisedWeight
-from scalefl.models.submodels import SubModels
+from scalefl.models.submodels import WHOLE, SubModels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,23 @@ class StandIns:
             model.activation_checkpointing_enable()
         return model.train()
 
+    def tower(self, mode: FakeTensorMode) -> Any:
+        """The vision tower alone, as it computes features; the model's other parameters hold nothing."""
+        model: Any = self.models.empty(WHOLE)
+        with mode:
+            for name, shape in self.models.base_shapes.items():
+                if self.models.family.is_vision(name):
+                    _put(model, name, torch.empty(shape, dtype=self._dtype(name)))
+            model.rebuild_buffers()
+        return model
+
     def _dtype(self, name: str) -> torch.dtype:
         return self.vit_dtype if self.models.family.is_vision(name) else DTYPES[self.run.precision]
 
 
 def held_by(model: nn.Module) -> Held:
-    """What a sub-model's parameters take."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    """What a sub-model's parameters take; those on the meta device are not held."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and not p.is_meta]
     return Held(
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
         frozen_elements=sum(p.numel() for p in frozen),

@@ -76,10 +76,10 @@ def subject_of(run: RunConfig, model_file: ModelFile, family: ModelFamily, optio
             f"rows of {length} positions: {tokens} of the image, {prompt} of the prompt, {answer} to predict"
         )
         rows += f" ({text})"
-    if answer >= length:
+    if tokens + answer >= length:
         raise InputError(
-            f"--seq_length: got {length}, of which {answer} are the answer; "
-            "expected more, or a shorter --answer_length."
+            f"--seq_length: got {length}, of which {tokens} are the image and {answer} the answer; "
+            "expected room for the question too."
         )
     return Subject(
         family=family,

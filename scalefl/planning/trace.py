@@ -1,14 +1,14 @@
-"""The bytes of one training step, moment by moment: the code that trains is run on stand-ins and watched.
+"""The bytes of a step, moment by moment: the code that trains or evaluates is run on stand-ins and watched.
 
 On the CPU the watched peak equals what a real step allocates. On a GPU the kernels are others, but keep the
 same tensors; only a vision tower that is trained there keeps its layer norms' inputs in fp32 as well.
-Shapes: B rows, L positions, N predicted positions, V vocabulary.
+Shapes: B rows, L positions, N predicted positions, V vocabulary, A answers.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from scalefl.batches import Candidates
 from scalefl.objective import exit_losses
 
 
@@ -67,14 +68,67 @@ def trace_step(
     `mode` is the FakeTensorMode of the model's stand-ins; a null context measures a real model.
     """
     num_predicted = step.rows * step.answer_length
-    watch = LiveBytes([*model.parameters(), *model.buffers()], logits=(num_predicted, vocab_size))
+    return _watched(
+        model, lambda: _step(model, vocab_size, step), logits=(num_predicted, vocab_size), mode=mode
+    )
+
+
+def trace_scoring(
+    model: nn.Module,
+    vocab_size: int,
+    step: StepShape,
+    candidates: Candidates,
+    mode: AbstractContextManager[Any],
+) -> tuple[Moment, ...]:
+    """As `trace_step`, of a batch in evaluation: packed candidate answers behind each prompt are scored."""
+    packed = len(candidates.packed)
+    num_predicted, length = step.rows * (1 + packed), step.length - step.answer_length + packed
+
+    def score() -> None:
+        inputs = {
+            **step.inputs(),
+            "input_ids": torch.zeros(step.rows, length, dtype=torch.long),
+            "attention_mask": torch.ones(step.rows, 1, length, length, dtype=torch.bool),
+            "position_ids": torch.zeros(step.rows, length, dtype=torch.long),
+            "predict_at": torch.zeros(num_predicted, dtype=torch.long),
+        }
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
+            for logits in model(**inputs).exit_logits:
+                candidates.log_likelihoods(logits.unflatten(0, (step.rows, -1)))
+
+    return _watched(model, score, logits=(num_predicted, vocab_size), mode=mode)
+
+
+def trace_features(
+    model: nn.Module,
+    encode: Callable[[nn.Module, Tensor], Tensor],
+    images: tuple[int, ...],
+    autocast: bool,
+    mode: AbstractContextManager[Any],
+) -> tuple[Moment, ...]:
+    """As `trace_step`, of a frozen vision tower's pass over one batch of images (B, 3, height, width)."""
+
+    def look() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            encode(model, torch.empty(images))
+
+    return _watched(model, look, logits=None, mode=mode)
+
+
+def _watched(
+    model: nn.Module,
+    work: Callable[[], None],
+    logits: tuple[int, int] | None,
+    mode: AbstractContextManager[Any],
+) -> tuple[Moment, ...]:
+    watch = LiveBytes([*model.parameters(), *model.buffers()], logits=logits)
     hooks = [
         parameter.register_post_accumulate_grad_hook(watch.is_gradient)
         for parameter in model.parameters()
         if parameter.requires_grad
     ]
     with mode, watch:
-        _step(model, vocab_size, step)
+        work()
     for hook in hooks:
         hook.remove()
     return watch.largest_moments()
@@ -101,7 +155,7 @@ def _step(model: nn.Module, vocab_size: int, step: StepShape) -> None:
 class LiveBytes(TorchDispatchMode):
     """Within, knows at any moment which tensors' storages live, and how large they are."""
 
-    def __init__(self, weights: Iterable[Tensor], logits: tuple[int, int]) -> None:
+    def __init__(self, weights: Iterable[Tensor], logits: tuple[int, int] | None) -> None:
         """`weights` are not counted. `logits` is the shape that tells logits from other activations."""
         super().__init__()
         self._logits = logits
