@@ -8,12 +8,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scalefl.contracts import ClientTask, ClientUpdate, State
 from scalefl.federation.client import ClientTrainer
@@ -58,16 +59,14 @@ def peak_memory() -> Memory:
     return Memory(resident=status["VmHWM"], anonymous=status["VmHWM"] - of_files)
 
 
-def mapped_pages(folder: Path) -> int:
-    """Bytes of the files below a folder that this process has in memory as pages of those files."""
-    found, counts = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, rest = line.partition(" ")
-        if not name.endswith(":"):  # a mapping's first line; its sizes follow
-            counts = f" {folder}/" in line
-        elif counts and name == "Rss:":
-            found += int(rest.split()[0]) * 1024
-    return found
+def bytes_in_files(tensors: Iterable[Tensor], folder: Path) -> int:
+    """Bytes of tensors whose memory is pages of files below a folder, which `anonymous` leaves out."""
+    maps = (
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if f" {folder}/" in line
+    )
+    ranges = [[int(address, 16) for address in entry[0].split("-")] for entry in maps]
+    places = ((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
+    return sum(size for at, size in places if any(start <= at < end for start, end in ranges))
 
 
 def _status() -> dict[str, int]:

@@ -8,9 +8,9 @@ level alone, with the base in files, and of the trainable state the slice it was
 is there to its change. "in a round": `scalefl train` with clients of all levels on a resident base; each
 level from the making of its sub-model to its last client's merge. Of two processes the first is looked at.
 
-Counted is on the CPU what a process has in memory beyond its imports (anonymous pages, and pages of the
-base's files); planned is `total` and `host`, which is the same memory there. On a GPU it is what tensors take
-(max_memory_allocated), against `total`.
+Counted is on the CPU what a process has in memory beyond its imports (anonymous pages, and the weights that
+are pages of the base's files); planned is `total` and `host`, which is the same memory there. On a GPU it is
+what tensors take (max_memory_allocated), against `total`.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from measuring import (
     STEADY_MALLOC,
     PeakSequential,
     Row,
+    bytes_in_files,
     device_peak,
     forget_device_peak,
-    mapped_pages,
     memory_now,
     show,
 )
@@ -228,13 +228,13 @@ def peak_of_a_client(federation: Federation, level: int) -> int:
     del state
     if run.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    # On the CPU a base in files is pages of these; of what is read in passing nothing need stay in memory.
+    base = bytes_in_files(model.parameters(), Path(run.save_path) / "base")
     task = ClientTask(client=0, level=level, round=1, example_ids=federation.clients[0])
     forget_device_peak(store.device)
     session = engine.session(model, run)
     update = trainer_of(federation).train(session, task, received, run.lr)
     assert update.metrics["steps"] == run.local_steps
-    # On the CPU a base in files is pages of these.
-    base = 0 if store.device.type == "cuda" else mapped_pages(Path(run.save_path) / "base")
     return device_peak(store.device) + base
 
 
