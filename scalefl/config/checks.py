@@ -278,13 +278,11 @@ def _answers(run: RunConfig) -> Iterator[Finding]:
 
 
 def _without_effect(run: RunConfig, asked_for: Collection[str]) -> Iterator[Finding]:
-    if "double_quant" in asked_for and run.quantization != "nf4":
+    if "double_quant" in asked_for and not run.double_quant and run.quantization != "nf4":
         yield (
             ("double_quant", "quantization"),
             f"is of --quantization nf4 alone, which is {run.quantization}; leave it out, or choose nf4.",
         )
-    if "checkpointing_levels" in asked_for and not run.checkpointing_levels:
-        yield ("checkpointing_levels",), "got no level; expected some, or leave it out for all of them."
     if "client_split_ratios" in asked_for and "client_levels" in asked_for and run.client_levels:
         # A plan writes both, and they agree.
         clients, levels = len(run.client_levels), range(1, len(run.client_split_ratios) + 1)

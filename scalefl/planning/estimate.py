@@ -43,8 +43,14 @@ class MemoryEstimate:
         """Bytes of that device's memory: on the CPU there is one memory for both."""
         return self.total + self.host if device == "cpu" else self.total
 
-    def with_host(self, more: int) -> MemoryEstimate:
-        return dataclasses.replace(self, host=self.host + more)
+    def with_states(self, held: int, change: int = 0, *, device: str) -> MemoryEstimate:
+        """With trainable states in host memory: `held` always, and a client's `change` after its training.
+
+        On the CPU the change comes where gradients and activations were.
+        """
+        if device == "cpu":
+            change = max(0, change - (self.gradients + self.activations + self.logits))
+        return dataclasses.replace(self, host=self.host + held + change)
 
     @property
     def total(self) -> int:
@@ -164,11 +170,14 @@ def _gradients(held: Held, moment: Moment, launch: Launch) -> int:
         return own + (held.trainable_bytes if launch.world_size > 1 else 0)  # DDP's buckets are copies
     offloaded = launch.offload != "none"
     bucket = 4 * launch.bucket
+    buckets = bucket if launch.zero_stage == 3 else 2 * bucket  # one fills, one travels
+    if launch.device == "cpu":
+        buckets = min(buckets, held.trainable_bytes)  # memory that is not written to takes none
     part = 0 if offloaded else _share(held.trainable_bytes, launch)
     if launch.zero_stage == 1:
-        return own + part + 2 * bucket  # two: one fills, one travels
+        return own + part + buckets
     waiting = min(own, bucket)  # until they fill a bucket
-    return max(part, waiting) + 2 * bucket if launch.zero_stage == 2 else part + waiting + bucket
+    return (max(part, waiting) if launch.zero_stage == 2 else part + waiting) + buckets
 
 
 def _update_bytes(held: Held, launch: Launch) -> int:

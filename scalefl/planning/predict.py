@@ -135,12 +135,13 @@ class Predictor:
         model = self._stand_ins(models, run).make(level, mode)
         moments, held = trace_step(model, models.vocab_size, rows, mode), held_by(model)
         sent, state = models.slice_bytes(level), _state_bytes(models)
-        own = estimate(held, moments, self.launch).with_host(2 * sent)  # the state and its change
+        device = self.launch.device
+        own = estimate(held, moments, self.launch).with_states(sent, sent, device=device)
+        whole = estimate(self._in_round(held), moments, self.launch)
         return LevelPlan(
             spec=models.slices[level].spec,
             cost=level_cost(models, level, self._micro_batch(1).inputs()),
-            # The state, the sum of changes, and this client's change.
-            round=estimate(self._in_round(held), moments, self.launch).with_host(2 * state + sent),
+            round=whole.with_states(2 * state, sent, device=device),  # the state, and the sum of changes
             own=own,
             evaluation=self.evaluation(models, level),
             need=self._need(own),
@@ -155,8 +156,8 @@ class Predictor:
         held = self._in_round(held_by(model))
         if self.launch.device == "cpu":  # there the trained part is views of the state
             held = dataclasses.replace(held, trainable=())
-        # The state, the sum of changes, and what was merged of both.
-        return estimate_inference(held, moments, self.launch).with_host(3 * _state_bytes(models))
+        states = 3 * _state_bytes(models)  # the one before, the sum of changes, and what was merged of both
+        return estimate_inference(held, moments, self.launch).with_states(states, device=self.launch.device)
 
     def evaluation_of_whole(self, levels: Sequence[LevelPlan]) -> MemoryEstimate | None:
         """Of the whole model, which is evaluated where no level is the whole."""
@@ -176,7 +177,8 @@ class Predictor:
             mode=mode,
         )
         alone = dataclasses.replace(self.launch, zero_stage=0)  # no engine has it yet
-        return estimate_inference(held_by(tower), moments, alone).with_host(_state_bytes(self._models))
+        found = estimate_inference(held_by(tower), moments, alone)
+        return found.with_states(_state_bytes(self._models), device=alone.device)
 
     def _in_round(self, held: Held) -> Held:
         if not self.rounds_hold_all:
