@@ -356,12 +356,8 @@ def test_a_section_of_sizes_is_complete():
             "set that to fp32 or bf16, or give --freeze_vit.",
         ),
         (
-            {"tuning": "lora", "double_quant": True},
+            {"tuning": "lora", "double_quant": False},
             "--double_quant: is of --quantization nf4 alone, which is none; leave it out, or choose nf4.",
-        ),
-        (
-            {"gradient_checkpointing": True, "checkpointing_levels": []},
-            "--checkpointing_levels: got no level; expected some, or leave it out for all of them.",
         ),
         (
             {"client_levels": "1 1 1 4".split(), "client_split_ratios": ".25 .25 .25 .25".split()}

@@ -254,6 +254,25 @@ def test_partitions_by_label_are_refused_for_open_answers() -> None:
         refused(knees([None] * 20), "answers", "iid, natural or size_skewed", partitioner=partitioner)
 
 
+def test_named_clients_are_the_sites_of_their_names() -> None:
+    train = knees([n % 5 for n in range(24)])
+    names = ["site2", "site0", "site3", "site1"]
+    clients = deal(train, partitioner="natural", client_names=names)
+    check_laws(train, clients)
+    assert [{train[i].site for i in own} for own in clients] == [{name} for name in names]
+
+
+def test_names_that_are_not_those_of_the_sites() -> None:
+    names = ["site2", "site0", "clinic", "site1"]
+    refused(
+        knees([0] * 8),
+        "--client_names: no training data of clinic; no client for site3; ",
+        "each site of the training data once: site0, site1, site2, site3.",
+        partitioner="natural",
+        client_names=names,
+    )
+
+
 def test_natural_needs_a_site_for_every_patient() -> None:
     train = [Example(image_key=str(i), patient=str(i), question="q", answer="a", label=0) for i in range(8)]
     refused(train, "8 of 8 training patients have no site", partitioner="natural")

@@ -5,21 +5,26 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from runs import MODEL, arguments, environment, federation, records, start, state
+from runs import MODEL, arguments, environment, federation, forget_launch, records, start, state
 from torch.profiler import ProfilerActivity, profile
 
+from scalefl.batches import Candidates
 from scalefl.cli import main
 from scalefl.config.flags import parse
 from scalefl.config.resolve import resolve
 from scalefl.contracts import InputError, LevelSpec
+from scalefl.features import FEATURE_BATCH
 from scalefl.federation.client import Objective
+from scalefl.federation.setup import build
 from scalefl.models.cost import LevelCost
 from scalefl.planning.assign import best_fit, search
 from scalefl.planning.budgets import Budget, read_budgets
-from scalefl.planning.estimate import Launch, MemoryEstimate, estimate, optimizer_bytes
+from scalefl.planning.estimate import LIVE_ELEMENTS, Launch, MemoryEstimate, estimate, optimizer_bytes
 from scalefl.planning.predict import LevelPlan
 from scalefl.planning.standin import Held
 from scalefl.planning.trace import Moment
@@ -314,6 +319,47 @@ def test_predictions_hold_for_real_steps(tmp_path, plan, model, options):
         assert own["total"] == pytest.approx(weights + states + peak, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [(SMALL, {}), (SMALL, {"tuning": "lora"}), (SMALL, {"tuning": "lora", "precision": "bf16"})],
+)
+def test_predictions_hold_for_evaluation(tmp_path, plan, model, options):
+    options = {"ee_locs": [2], "eval_batch_size": 8, "feature_cache": "off"} | options
+    fed = federation(tmp_path, model, **options)
+    ids = list(range(8))
+    candidates = Candidates(ids=fed.answer_ids)
+    width = fed.batchers["val"].scoring(ids, candidates)["input_ids"].shape[1] - len(candidates.packed)
+    answer = len(candidates.ids[0])
+    lengths = ("--seq_length", str(width + answer), "--answer_length", str(answer))
+    levels = plan(*lengths, model=model, **options)["levels"]
+    evaluator, states = fed.evaluators["val"], sum(t.nbytes for t in fed.initial_state.values())
+    for level in (1, 2):
+        evaluator._rows(level, fed.initial_state, ids, lambda: None)  # what libraries keep
+        peak, _ = allocated(lambda at=level: evaluator._rows(at, fed.initial_state, ids, lambda: None))
+        planned = levels[level - 1]["evaluation"]
+        assert planned["activations"] + planned["logits"] == pytest.approx(peak, rel=0.15)
+        assert planned["host"] == 3 * states
+
+
+def test_predictions_hold_for_features(tmp_path, plan):
+    """In fp32: of a tower so small the buffers of bf16 kernels would be most."""
+    fed = federation(tmp_path, tuning="lora", feature_cache="off")
+    tower = fed.store.vision_tower()
+    encode, size = fed.store.models.family.encode_images, fed.store.models.config.vision_config.image_size
+
+    def look():
+        with torch.inference_mode(), fed.engine.autocast():
+            encode(tower, torch.zeros(FEATURE_BATCH, 3, size, size))
+
+    look()
+    peak, _ = allocated(look)
+    features = plan(tuning="lora")["features"]
+    assert features["activations"] == pytest.approx(peak, rel=0.15)
+    assert features["weights"] == sum(
+        p.nbytes for n, p in tower.named_parameters() if fed.store.models.family.is_vision(n)
+    )
+
+
 # Budgets
 
 
@@ -544,6 +590,8 @@ def test_a_budget_that_nobody_meets_says_what_is_missing(refused, plan, tmp_path
         ("--optimizer paged_adamw_8bit --device cpu --momentum 0", "--optimizer: paged_adamw_8bit pages its"),
         ("--quantization nf4 --tuning lora", "--quantization nf4: language_model"),
         ("--init_from nowhere", "--init_from "),
+        ("--seq_length 7", "--seq_length: got 7, of which 4 are the image and "),
+        ("--world_sise 2", "--world_sise: unknown option; did you mean --world_size? "),
         ("--vertical_scale_ratios 0.1 1", "level 1: width ratio 0.1 keeps 0 of 2"),
     ],
 )
@@ -564,6 +612,54 @@ def test_search_cannot_number_levels_beforehand(refused, tmp_path):
         "--search", "--client_budgets", path, "--gradient_checkpointing", "--checkpointing_levels", "1"
     )
     assert line.startswith("--search: makes levels of its own")
+
+
+def test_an_assignment_replaces_nothing_but_an_assignment(refused, plan, tmp_path):
+    path, out = budgets_file(tmp_path, [{"client": 0, "memory": 1}]), tmp_path / "out.yaml"
+    plan("--client_budgets", path, "--out", str(out))
+    first = out.read_text()
+    plan("--client_budgets", path, "--out", str(out), batch_size=2)
+    assert first != out.read_text() and not list(tmp_path.glob(".*"))
+    for mine in (path, str(tmp_path / "mine.txt")):
+        (tmp_path / "mine.txt").write_text("mine")
+        (line,) = refused("--client_budgets", path, "--out", mine)
+        assert line == f"--out {mine}: a file that `scalefl plan` did not write; expected another name."
+    assert yaml.safe_load((tmp_path / "budgets.yaml").read_text()) == [{"client": 0, "memory": 1}]
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_clients_that_are_sites_are_assigned_by_name(plan, tmp_path):
+    """Sites are drawn to client numbers unless they are named."""
+    small, large = (level["needs"] for level in plan()["levels"])
+    sites = ("site-c", "site-a", "site-d", "site-b")
+    has = {"site-c": large, "site-a": small, "site-d": small, "site-b": large}
+    path = budgets_file(tmp_path, [{"client": site, "memory": f"{has[site]}B"} for site in sites])
+    out = tmp_path / "assignment.yaml"
+    plan("--client_budgets", path, "--out", str(out), partitioner="natural")
+    command = parse(arguments(tmp_path, "--config", str(out), partitioner="natural"))
+    forget_launch()
+    fed = build(*resolve(command.flags, *command.config_files))
+    held = [{fed.data.splits["train"][i].site for i in own} for own in fed.clients]
+    assert held == [{site} for site in sites]
+    assert fed.client_levels == (2, 1, 1, 2)
+
+
+def test_levels_of_sites_need_their_names(tmp_path):
+    with pytest.raises(InputError, match="--client_levels: under --partitioner natural a client is a site"):
+        resolve({"partitioner": "natural", "client_levels": ["1", "2"], "num_clients": "2"})
+
+
+@pytest.mark.parametrize(
+    ("offload", "config"), [("none", "zero2"), ("none", "zero3"), ("all", "zero3_offload")]
+)
+def test_what_zero_is_planned_with_is_what_is_shipped(offload, config):
+    path = Path(__file__).resolve().parents[1] / "ds_configs" / f"{config}.json"
+    shipped = json.loads(path.read_text())["zero_optimization"]
+    launch = replace(ALONE, zero_stage=shipped["stage"], offload=offload)
+    assert launch.bucket == shipped["reduce_bucket_size"]
+    if shipped["stage"] == 3:
+        assert launch.bucket == shipped["stage3_prefetch_bucket_size"]
+        assert shipped["stage3_max_live_parameters"] == LIVE_ELEMENTS
 
 
 def test_best_fit_names_every_client_that_nothing_fits():

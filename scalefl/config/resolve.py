@@ -12,6 +12,7 @@ from typing import Any
 from scalefl.config.checks import problems as problems_of
 from scalefl.config.modelfile import ModelFile, read_model_file
 from scalefl.config.options import LevelOptions, ModelOptions, RunConfig
+from scalefl.config.planoptions import PLAN_KINDS
 from scalefl.config.recipes import RECIPES
 from scalefl.config.saved import CONFIG_FILE, changed_on_resume, load_config, to_dict
 from scalefl.config.values import Given, OptionsRead, read_options
@@ -35,8 +36,8 @@ def resolve(flags: Mapping[str, Any], *config_files: str) -> tuple[RunConfig, Mo
 
     Raises InputError with one line per problem, all of them at once.
     """
-    layers_read = [read_options(read_yaml(path), _named_in(path)) for path in config_files]
-    layers_read.append(read_options(flags, "--{}".format))
+    layers_read = [read_options(read_yaml(path), _named_in(path), PLAN_KINDS) for path in config_files]
+    layers_read.append(read_options(flags, "--{}".format, PLAN_KINDS))
     explicit = {name: given for read in layers_read for name, given in read.given.items()}
     found = [problem for read in layers_read for problem in read.problems]
     _settle_resume(explicit)

@@ -91,14 +91,21 @@ class OptionsRead:
     """Options that were given with a value that could not be read."""
 
 
-def read_options(raw: Mapping[Any, Any], where: Callable[[str], str]) -> OptionsRead:
-    """Options by name, with dashes or underscores; `where` says how an error names one of them."""
+def read_options(
+    raw: Mapping[Any, Any], where: Callable[[str], str], of_plan: Collection[str] = ()
+) -> OptionsRead:
+    """Options by name, with dashes or underscores; `where` says how an error names one of them.
+
+    `of_plan` are those of `scalefl plan` alone, which an error knows.
+    """
     given: dict[str, Given] = {}
     problems, unread = [], set()
     for key, value in raw.items():
         name = str(key).replace("-", "_")
-        if name not in OPTION_KINDS:
-            hint = nearest(name, OPTION_KINDS, spelled=where)
+        if name in of_plan:
+            problems.append(f"{where(str(key))}: only `scalefl plan` takes it, on its command line.")
+        elif name not in OPTION_KINDS:
+            hint = nearest(name, [*OPTION_KINDS, *of_plan], spelled=where)
             problems.append(f"{where(str(key))}: unknown option; {hint}`scalefl train --help` lists them.")
         elif name in given:
             problems.append(f"{where(str(key))}: given twice, with dashes and with underscores; keep one.")

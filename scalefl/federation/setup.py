@@ -108,6 +108,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
             classes_per_client=run.classes_per_client,
             min_patients=run.min_patients,
             seed=run.seed,
+            client_names=run.client_names,
         )
     client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)
     shown = {split: data.splits[split] for split in (("train", *HELD_OUT) if trains else HELD_OUT)}

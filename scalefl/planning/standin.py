@@ -78,11 +78,12 @@ class StandIns:
 
 def held_by(model: nn.Module) -> Held:
     """What a sub-model's parameters take; those on the meta device are not held."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and not p.is_meta]
+    held = [p for p in model.parameters() if not p.is_meta]
+    frozen = [p for p in held if not p.requires_grad]
     return Held(
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
         frozen_elements=sum(p.numel() for p in frozen),
-        trainable=tuple(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=tuple(p.numel() for p in held if p.requires_grad),
     )
 
 
