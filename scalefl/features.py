@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
 import os
 import time
@@ -17,19 +18,27 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scalefl.contracts import InputError
+from scalefl.config.derived import feature_dtype
+from scalefl.config.options import RunConfig
+from scalefl.contracts import Example, InputError
 from scalefl.engine.launch import Engine
+from scalefl.models.build import DTYPES
+from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")
 
 FEATURE_BATCH = 8
 """Images in every pass through the tower, the last one filled up with its last image."""
+
+DECODED_AT_ONCE = 64
+"""Images whose pixels are in memory while features are computed."""
 
 LEFTOVER_SECONDS = 3600.0
 """No file takes as long to write."""
@@ -61,6 +70,42 @@ class FrozenTower:
                 "expected a wider type, such as fp32, or a tower whose weights are in order."
             )
         return rows
+
+
+def image_features(
+    run: RunConfig,
+    engine: Engine,
+    store: Store,
+    processor: Any,
+    examples: Sequence[Example],
+    decode: Callable[[Sequence[Example]], dict[str, Tensor]],
+) -> Mapping[str, Tensor]:
+    """Image key -> what the frozen vision tower says of it (T, F); the tower then leaves the device."""
+    family, model = store.models.family, store.vision_tower()
+    weights = {name: p for name, p in model.named_parameters() if family.is_vision(name)}
+
+    def encode(pixels_bchw: Tensor) -> Tensor:
+        with torch.inference_mode(), engine.autocast():
+            return family.encode_images(model, pixels_bchw.to(engine.device))
+
+    held_in = {dtype: name for name, dtype in DTYPES.items()}[next(iter(weights.values())).dtype]
+    tower = FrozenTower(
+        normalise=processor.normalise, encode=encode, dtype=DTYPES[feature_dtype(run, held_in)]
+    )
+    distinct = list({example.image_key: example for example in examples}.values())
+    starts = range(0, len(distinct), DECODED_AT_ONCE)
+    images = (image for at in starts for image in decode(distinct[at : at + DECODED_AT_ONCE]).items())
+    features: Mapping[str, Tensor]
+    if run.feature_cache == "file":
+        settings = family.vision_settings(store.models.config)
+        settings |= {"precision": run.precision, "rows": FEATURE_BATCH}
+        fingerprint = tower_fingerprint(json.dumps(settings, sort_keys=True), tower, weights)
+        folder = Path(run.feature_folder or Path(run.save_path) / "features")
+        features = keep_in_files(images, tower, engine, folder, fingerprint)
+    else:
+        features = keep_in_memory(images, len(distinct), tower, engine)
+    store.drop_vision()
+    return features
 
 
 def keep_in_memory(images: Images, count: int, tower: FrozenTower, engine: Engine) -> dict[str, Tensor]:

@@ -111,6 +111,7 @@ def records(run_folder: Path, *, timings: bool = False) -> list[dict[str, Any]]:
     rounds = [json.loads(line, parse_constant=refuse) for line in lines]
     if not timings:
         for record in rounds:
+            del record["peak_memory_bytes"]
             for part in (record, *record["clients"]):
                 del part["seconds"]
     return rounds

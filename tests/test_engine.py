@@ -11,8 +11,8 @@ import torch
 from plain import LEVEL, OneClient
 from runs import arguments, environment, largest_difference, same_bits
 
+from scalefl.config.derived import micro_batch_size
 from scalefl.contracts import InputError
-from scalefl.federation.client import micro_batch_size
 from scalefl.federation.run import _check_agreement
 
 ROOT = Path(__file__).resolve().parents[1]

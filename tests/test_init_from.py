@@ -1,5 +1,6 @@
 """`--init_from`: a run starts where the folder it names ended, or refuses one that does not hold it all."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,32 @@ def test_weights_that_are_not_all_there_are_refused(tmp_path, capsys, trained, s
     finally:
         file.write_bytes(kept)
     assert str(file.parent) in line and name in line
+
+
+@pytest.mark.parametrize("then", ["resume", "evaluate", "init_from"])
+def test_a_base_that_was_changed_since_is_refused(tmp_path, capsys, trained, then):
+    """Wherever it lies: a copy of it is as good."""
+    base = tmp_path / "base"
+    shutil.copytree(last(trained.full), base)
+    run_folder = start(tmp_path, "--init_from", str(base), **LORA, num_rounds=1)
+    base.rename(moved := tmp_path / "moved")
+    typed = {
+        "resume": ["train", "--resume", str(run_folder), "--num_rounds", "2", "--init_from", str(moved)],
+        "evaluate": ["evaluate", str(last(run_folder, 1))],
+        "init_from": arguments(folder_in(tmp_path, "next"), "--init_from", str(last(run_folder, 1)), **LORA),
+    }[then]
+    if then != "resume":  # they find it where it was
+        moved.rename(base)
+        moved = base
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, moved / "model.safetensors")
+    forget_launch()
+    capsys.readouterr()
+    assert main(typed) == 2
+    assert "was trained on other weights than" in capsys.readouterr().err.splitlines()[-1]
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    forget_launch()
+    assert main(typed) == 0
 
 
 def test_a_checkpoint_of_full_tuning_is_a_model_of_the_hub(trained):

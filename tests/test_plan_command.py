@@ -584,12 +584,13 @@ def test_a_budget_that_nobody_meets_says_what_is_missing(refused, plan, tmp_path
         ("--world_size many", "--world_size: got 'many'; expected a whole number."),
         (
             "--world_size 3",
-            "--world_size: 3 processes cannot share --batch_size 4 in micro-batches of 1; "
-            "expected a batch size that is a multiple of 3.",
+            "--batch-size 4 cannot be shared by 3 processes in micro-batches of 1; expected a multiple of 3",
         ),
         ("--optimizer paged_adamw_8bit --device cpu --momentum 0", "--optimizer: paged_adamw_8bit pages its"),
         ("--quantization nf4 --tuning lora", "--quantization nf4: language_model"),
         ("--init_from nowhere", "--init_from "),
+        ("--zero_stage 3 --base_store resident", "--base_store: got resident, but ZeRO-3 spreads weights"),
+        ("--attn flash_attention_2 --device cpu", "--attn flash_attention_2: needs a CUDA GPU (this is cpu)"),
         ("--seq_length 7", "--seq_length: got 7, of which 4 are the image and "),
         ("--world_sise 2", "--world_sise: unknown option; did you mean --world_size? "),
         ("--vertical_scale_ratios 0.1 1", "level 1: width ratio 0.1 keeps 0 of 2"),

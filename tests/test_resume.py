@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from runs import Job, arguments, forget_launch, records, same_bits, start, state, tree
+from runs import Job, arguments, forget_launch, largest_difference, records, same_bits, start, state, tree
 
 from scalefl import checkpoint
 from scalefl.cli import main
@@ -138,6 +138,32 @@ def test_more_rounds_go_on_as_if_asked_for_at_once(tmp_path, whole):
     run_folder = start(tmp_path, **MANY_SAVES, num_rounds=1)
     assert resume(run_folder, "--num_rounds", "3") == 0
     assert_same_run(run_folder, whole)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """An uninterrupted run of two rounds of adapters."""
+    return start(tmp_path_factory.mktemp("adapters"), tuning="lora", num_rounds=2)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "--gradient_checkpointing --checkpointing_levels 2",
+        "--base_store file",
+        "--feature_cache off --eval_batch_size 8",
+        "--feature_cache file",
+        "--micro_batch_size 1 --attn eager",
+    ],
+)
+def test_a_run_goes_on_with_less_memory(tmp_path, adapters, typed):
+    """To the same weights but for the last bits."""
+    run_folder = start(tmp_path, tuning="lora", num_rounds=1)
+    before = state(run_folder, 1)
+    assert resume(run_folder, "--num_rounds", "2", *typed.split()) == 0
+    got, expected = state(run_folder, 2), state(adapters, 2)
+    change = {name: expected[name] - before[name] for name in expected}
+    assert largest_difference(got, expected) < 1e-5 * max(float(t.abs().max()) for t in change.values())
 
 
 def test_a_changed_option_is_refused_by_name(tmp_path, capsys):

@@ -498,7 +498,7 @@ def test_zero_3_alone_reads_files_by_itself(tmp_path: Path) -> None:
     run, file = resolved(tmp_path, **LORA)
     for shards, kind in ((False, ResidentStore), (True, FileStore)):
         engine: Any = SimpleNamespace(device=CPU, shards_weights=shards, is_main=True, barrier=lambda: None)
-        _, store, _ = start_from(run, file, FAMILY, ["a question", *run.answers], None, engine)
+        store = start_from(run, file, FAMILY, ["a question", *run.answers], None, engine).store
         assert type(store) is kind
 
 
@@ -548,8 +548,8 @@ def test_flash_attention_needs_what_it_needs(tmp_path: Path, capsys: pytest.Capt
     assert main(arguments(tmp_path, "--attn", "flash_attention_2", "--precision", "bf16")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "scalefl: --attn flash_attention_2: needs a CUDA GPU, --precision bf16 and the package flash-attn; "
-        "expected sdpa, which takes the fastest kernel that PyTorch has itself."
+        "scalefl: --attn flash_attention_2: needs a CUDA GPU (this is cpu) and the package flash-attn (it is "
+        "not installed); expected sdpa, which takes the fastest kernel that PyTorch has itself."
     )
 
 

@@ -16,12 +16,18 @@ Config = TypeVar("Config", RunConfig, ModelFile)
 CONFIG_FILE = "run.json"
 """Not config.json, which is the model's own in a folder of weights."""
 
-FREE_ON_RESUME = frozenset(
+FOR_MEMORY = frozenset(
     {
-        *("num_rounds", "data_root", "annotations", "init_from", "workers", "evaluate_from"),
-        *(f.name for f in dataclasses.fields(RunOptions)),
+        *("gradient_checkpointing", "checkpointing_levels", "micro_batch_size", "eval_batch_size"),
+        *("base_store", "feature_cache", "attn"),
     }
 )
+"""Options that change the last bits of a result at most: a run may go on on a machine with less memory."""
+
+FREE_ON_RESUME = FOR_MEMORY | {
+    *("num_rounds", "data_root", "annotations", "init_from", "workers", "evaluate_from"),
+    *(f.name for f in dataclasses.fields(RunOptions)),
+}
 """Options that change no result, or only how far a run goes; paths, since files may have moved."""
 
 
@@ -50,9 +56,9 @@ def _from_json(value: Any, kind: Any, name: str) -> Any:
     return dict(value) if isinstance(value, Mapping) else coerce(value, kind, f"saved {name}")
 
 
-def save_config(folder: str | Path, run: RunConfig, model_file: ModelFile) -> None:
-    """Write both into `folder`."""
-    content = {"run": to_dict(run), "model_file": to_dict(model_file)}
+def save_config(folder: str | Path, run: RunConfig, model_file: ModelFile, base: str | None = None) -> None:
+    """Write them into `folder`; `base` is the digest of the frozen base's files, if there are any."""
+    content = {"run": to_dict(run), "model_file": to_dict(model_file), "base": base}
     Path(folder, CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -68,6 +74,12 @@ def load_config(folder: str | Path) -> tuple[RunConfig, ModelFile]:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); expected what `scalefl train` wrote.") from error
+
+
+def saved_base(folder: str | Path) -> str | None:
+    """The digest of the frozen base that a run folder's or checkpoint's weights belong to."""
+    path = Path(folder, CONFIG_FILE)
+    return json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
 
 
 def changed_on_resume(old: RunConfig, new: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -19,6 +20,8 @@ from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, State
 from scalefl.engine.optimizers import check_optimizer
 from scalefl.engine.session import Session, hide_frozen
+
+KIB = 1024
 
 PROCESS_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: longer than one of them takes to read or quantise a base."""
@@ -36,7 +39,7 @@ class Engine:
             )
         _check_environment()
         _check_trackers(run.report_to)
-        self._zero = _deepspeed()
+        self._zero = _deepspeed(use_gpu)
         arguments: dict[str, Any] = {
             "cpu": not use_gpu,
             "mixed_precision": "bf16" if run.precision == "bf16" else "no",
@@ -78,9 +81,10 @@ class Engine:
             )
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if asked not in ("no", run_precision):
+            also = f", and pass --precision {asked}" if asked == "bf16" else ""
             raise InputError(
-                f"launch: mixed_precision {asked}, but --precision is {run_precision}; expected precision "
-                "from --precision alone: leave mixed_precision out of the launch and its config file."
+                f"launch: mixed_precision {asked}, but --precision is {run_precision}; expected --precision "
+                f"alone to decide: leave mixed_precision out of the launch and its config file{also}."
             )
         if accelerator.gradient_accumulation_steps != 1:
             raise InputError(
@@ -89,6 +93,19 @@ class Engine:
             )
         if accelerator.mixed_precision != precision:
             raise RuntimeError(f"accelerate runs in {accelerator.mixed_precision}, {precision} was asked for")
+
+    @property
+    def launch(self) -> str:
+        """How clients are trained, in words."""
+        if self._zero is not None:
+            return self._zero.in_words(self._accelerator)
+        return "DDP" if self.num_processes > 1 else "one process"
+
+    def peak_memory(self) -> int:
+        """Most bytes so far: of tensors on the GPU, or of this process on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
     @property
     def shards_weights(self) -> bool:
@@ -207,10 +224,12 @@ def _asks_for_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
-def _deepspeed() -> Any:
+def _deepspeed(use_gpu: bool) -> Any:
     """The module that knows DeepSpeed, whose import takes seconds, where the launch asks for it."""
     if not _asks_for_deepspeed():
         return None
+    if not use_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no other one
     from scalefl.engine import zero
 
     return zero

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,10 @@ from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, State
 from scalefl.engine.optimizers import forget
 from scalefl.engine.session import Session
+
+# DeepSpeed 0.19 calls both once for every layer and step; PyTorch 2.13 says each time that they will go.
+for function in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+    warnings.filterwarnings("ignore", rf"`torch\.distributed\.{function}` is deprecated", FutureWarning)
 
 FROM_THE_RUN = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "gradient_clipping")
 """Sections of a DeepSpeed config that options of the run decide."""
@@ -133,6 +138,13 @@ def offloads_optimizer(accelerator: Accelerator) -> bool:
 
 def stage(accelerator: Accelerator) -> int:
     return int(_zero(accelerator)["stage"])
+
+
+def in_words(accelerator: Accelerator) -> str:
+    zero = _zero(accelerator)
+    moved = [part for part in ("param", "optimizer") if f"offload_{part}" in zero]
+    names = " and ".join({"param": "weights", "optimizer": "optimizer"}[part] for part in moved)
+    return f"ZeRO-{zero['stage']}" + (f" with {names} offloaded" if names else "")
 
 
 def _zero(accelerator: Accelerator) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.batches import Batch, Batcher, Ids, draw_shifts, step_order
+from scalefl.config.derived import micro_batch_size
 from scalefl.config.options import RunConfig
-from scalefl.contracts import ClientTask, ClientUpdate, InputError
+from scalefl.contracts import ClientTask, ClientUpdate
 from scalefl.engine.launch import Engine
 from scalefl.engine.session import Session
 from scalefl.objective import answer_prior_adjustment, exit_losses
@@ -157,19 +158,3 @@ class Objective:
         """Summed cross-entropy of the deepest exit since the last call."""
         loss, self._loss = torch.stack(self._loss).sum(), []
         return loss
-
-
-def micro_batch_size(run: RunConfig, num_processes: int) -> int:
-    """Examples per process and forward pass.
-
-    Raises InputError where `--batch-size` cannot be shared equally; it names sizes that can.
-    """
-    size = run.micro_batch_size or run.batch_size // num_processes
-    if size < 1 or run.batch_size % (size * num_processes):
-        unit = max(size, 1) * num_processes
-        raise InputError(
-            f"--batch-size {run.batch_size} cannot be shared by {num_processes} processes in micro-batches "
-            f"of {max(size, 1)}; expected a multiple of {unit}, such as {-(-run.batch_size // unit) * unit}, "
-            "or fewer processes."
-        )
-    return size

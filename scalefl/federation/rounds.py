@@ -147,6 +147,7 @@ class RoundLoop:
             "bytes_down": sum(slice_bytes[c["level"]] for c in clients),
             "bytes_up": sum(slice_bytes[c["level"]] for c in clients),
             "seconds": seconds,
+            "peak_memory_bytes": self._engine.peak_memory(),
             "clients": clients,
             "evaluation": evaluation,
         }
@@ -205,7 +206,8 @@ def learning_rate(run: RunConfig, number: int) -> float:
 
 def _round_line(record: dict[str, Any], num_rounds: int) -> str:
     loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.3f}"
-    text = f"round {record['round']}/{num_rounds}  {record['seconds']:.1f} s  loss {loss}"
+    text = f"round {record['round']}/{num_rounds}  {record['seconds']:.1f} s  "
+    text += f"peak {record['peak_memory_bytes'] / 1e9:.1f} GB  loss {loss}"
     if record["evaluation"] is not None:
         text += f"  {record['evaluation']['split']} by level: {summary(record['evaluation']['levels'])}"
     return text + (f"  {record['dropped']} updates dropped" if record["dropped"] else "")

@@ -10,9 +10,10 @@ from typing import Any
 
 from scalefl import checkpoint
 from scalefl.checkpoint import Progress
+from scalefl.config.derived import checkpoints
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import FREE_ON_RESUME, save_config, to_dict
+from scalefl.config.saved import FOR_MEMORY, FREE_ON_RESUME, save_config, to_dict
 from scalefl.console import Display
 from scalefl.contracts import InputError
 from scalefl.data.partition import describe
@@ -20,10 +21,14 @@ from scalefl.engine.launch import Engine
 from scalefl.federation.records import RunFolder
 from scalefl.federation.rounds import RoundLoop, evaluate_levels
 from scalefl.federation.setup import Federation, build
-from scalefl.federation.start import check_same_parameters
+from scalefl.federation.start import check_same_base, check_same_parameters
 from scalefl.federation.stop import StopSignal
 from scalefl.models.cost import level_cost
+from scalefl.models.store import ResidentStore
 from scalefl.report import levels_by_exits
+
+MAY_DIFFER = FREE_ON_RESUME - FOR_MEMORY | {"cfg_path"}
+"""Options that processes of one run need not have in common."""
 
 
 def train(run: RunConfig, model_file: ModelFile) -> None:
@@ -40,6 +45,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     if progress is None:
         progress = Progress(state=federation.initial_state)
     else:
+        check_same_base(Path(run.save_path), federation.base, run.init_from)
         check_same_parameters(progress.state, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     federation = dataclasses.replace(federation, initial_state={})  # else it outlives the first round
@@ -48,7 +54,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
         _print_results(display, folder, results)
         return
-    folder.write_config(lambda path: save_config(path, run, model_file))
+    folder.write_config(lambda path: save_config(path, run, model_file, federation.base))
     _print_setup(display, federation)
     engine.start_trackers(to_dict(run))
     gc.collect()
@@ -71,6 +77,7 @@ def evaluate(run: RunConfig, model_file: ModelFile) -> None:
     assert run.evaluate_from is not None
     progress = checkpoint.load(Path(run.evaluate_from))
     federation = build(run, model_file, processor_from=run.evaluate_from)
+    check_same_base(Path(run.evaluate_from), federation.base, run.init_from)
     check_same_parameters(progress.state, federation.initial_state, run.evaluate_from)
     display = Display(speaks=federation.engine.is_main, print_freq=run.print_freq)
     for split in ("val", "test"):
@@ -101,7 +108,7 @@ def _earlier_checkpoint(run: RunConfig) -> Path | None:
 
 def _check_agreement(run: RunConfig, progress: Progress | None, engine: Engine) -> None:
     """Every process must go on with the same run: another machine may see other files."""
-    options = {k: v for k, v in to_dict(run).items() if k not in FREE_ON_RESUME | {"cfg_path"}}
+    options = {k: v for k, v in to_dict(run).items() if k not in MAY_DIFFER}
     at = None if progress is None else [progress.round, [c["client"] for c in _finished_clients(progress)]]
     found = engine.gather([json.dumps([options, at], sort_keys=True)])
     if len(set(found)) > 1:
@@ -144,6 +151,7 @@ def _print_setup(display: Display, federation: Federation) -> None:
         f"{data.name}: {counts} examples; {run.num_clients} clients; {run.arch}, --tuning {run.tuning}, "
         f"--recipe {run.recipe}; {federation.engine.num_processes} process(es) on {federation.engine.device}"
     )
+    display.line(_how_it_trains(federation))
     example = federation.batchers["train"].training([0]).inputs
     rows = []
     for level in store.models.levels:
@@ -175,10 +183,33 @@ def _print_setup(display: Display, federation: Federation) -> None:
     display.table("levels", columns, rows)
     held = describe(data.splits["train"], federation.clients, data.answers)
     rows = [
-        [f"client {c.client}", federation.client_levels[c.client], c.patients, c.examples, *c.by_label]
+        [_called(run, c.client), federation.client_levels[c.client], c.patients, c.examples, *c.by_label]
         for c in held
     ]
     display.table("clients", ["client", "level", "patients", "examples", *(data.answers or ())], rows)
+
+
+def _called(run: RunConfig, client: int) -> str:
+    name = run.client_names[client] if run.client_names else str(client)
+    return f"client {client}" + (f" ({name})" if name != str(client) else "")
+
+
+def _how_it_trains(federation: Federation) -> str:
+    """What decides the memory of a process."""
+    run, store = federation.run, federation.store
+    base = "in memory" if isinstance(store, ResidentStore) else "read from files"
+    scales = ", double" if run.quantization == "nf4" and run.double_quant else ""
+    base += f" in {run.quantization}{scales}" if run.quantization != "none" else ""
+    at = [str(level) for level in store.models.levels if checkpoints(run, level)]
+    cached = "on disk" if run.feature_cache == "file" else "in memory"
+    parts = {
+        f"{federation.engine.launch}; --precision {run.precision}": True,
+        f"frozen base {base}": bool(store.models.base_shapes),
+        f"image features {cached}": not store.models.has_vision,
+        f"checkpointing at level {' '.join(at)}": bool(at),
+        f"--optimizer {run.optimizer}": True,
+    }
+    return "; ".join(part for part, applies in parts.items() if applies)
 
 
 def _print_results(display: Display, folder: RunFolder, results: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from scalefl.config.derived import checkpoints
 from scalefl.contracts import ClientTask, ClientUpdate, State
 from scalefl.engine.session import Session
 from scalefl.federation.client import ClientTrainer
@@ -42,9 +43,9 @@ class Sequential:
             session.close()
 
     def _model(self, level: int, global_state: State) -> Any:
-        run, place = self._trainer.run, self._trainer.engine.place
+        place = self._trainer.engine.place
         model: Any = self._store.submodel(level, global_state, own=True, place=place)
-        if run.gradient_checkpointing and level in (run.checkpointing_levels or (level,)):
+        if checkpoints(self._trainer.run, level):
             model.activation_checkpointing_enable()
         return model
 

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
 
 from scalefl.batches import Batcher
+from scalefl.config.derived import (
+    LABEL_PARTITIONERS,
+    adjusts_logits,
+    caches_features,
+    check_attention,
+    holds_whole_base,
+    micro_batch_size,
+)
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import save_config
-from scalefl.contracts import SPLITS, DataSplits, Example, InputError, State
+from scalefl.contracts import SPLITS, DataSplits, InputError, State
 from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
 from scalefl.engine.launch import Engine
+from scalefl.engine.optimizers import check_quantisation
 from scalefl.evaluate import Evaluator
-from scalefl.features import FEATURE_BATCH, FrozenTower, keep_in_files, keep_in_memory, tower_fingerprint
-from scalefl.federation.client import micro_batch_size
+from scalefl.features import image_features
 from scalefl.federation.start import start_from
 from scalefl.levels import assign_levels
-from scalefl.models.build import DTYPES
 from scalefl.models.store import Store
 from scalefl.registry import resolve
 from scalefl.seeding import numpy_rng
 
-LABEL_PARTITIONERS = ("dirichlet", "pathological")
 HELD_OUT = ("val", "test")
-DECODED_AT_ONCE = 64
-"""Images whose pixels are in memory while features are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Federation:
     processor: Any
     store: Store
     initial_state: State
+    base: str | None
+    """Digest of the frozen base's files."""
     batchers: dict[str, Batcher]
     """Per split."""
     evaluators: dict[str, Evaluator]
@@ -64,18 +67,14 @@ class Federation:
 
     @property
     def adjusts_logits(self) -> bool:
-        """`--logit_adjustment auto`: closed answers, and clients whose training draws are skewed by label."""
-        if self.run.logit_adjustment == "auto":
-            skewed = self.run.partitioner in LABEL_PARTITIONERS and not self.run.balanced_sampling
-            return self.data.answers is not None and skewed
-        return self.run.logit_adjustment == "on"
+        return adjusts_logits(self.run, closed_answers=self.data.answers is not None)
 
     def write_config(self, folder: Path) -> None:
         """The run's config and the processor; the model's too where the weights are all there.
 
         Without it transformers refuses a folder that lacks the frozen base, whose weights it would make up.
         """
-        save_config(folder, self.run, self.model_file)
+        save_config(folder, self.run, self.model_file, self.base)
         if not self.store.models.base_shapes:
             self.store.models.config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -88,42 +87,23 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
     a checkpoint needs training examples for `--evalmode local` alone, to know what its clients hold.
     """
     engine = Engine(run)
-    micro_batch_size(run, engine.num_processes)  # refuses a batch that cannot be shared before data is read
-    trains = run.evaluate_from is None
-    data = resolve("data", run.data)(run)
-    data = _training_splits(data, run) if trains else data
-    _check_answers(run, data)
-    family = resolve("arch", run.arch)
-    texts = sorted({text for split in data.splits.values() for e in split for text in (e.question, e.answer)})
-    processor, store, state = start_from(
-        run, model_file, family, [*texts, *(data.answers or ())], processor_from, engine
-    )
-    clients: tuple[tuple[int, ...], ...] = ()
-    if trains or run.evalmode == "local":
-        clients = partition(
-            data.splits["train"],
-            num_clients=run.num_clients,
-            partitioner=run.partitioner,
-            alpha=run.alpha,
-            classes_per_client=run.classes_per_client,
-            min_patients=run.min_patients,
-            seed=run.seed,
-            client_names=run.client_names,
-        )
+    _check_launch(run, engine)
+    data = _read(run)
+    start = start_from(run, model_file, resolve("arch", run.arch), _texts(data), processor_from, engine)
+    processor, store = start.processor, start.store
+    clients = _deal(run, data)
     client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)
-    shown = {split: data.splits[split] for split in (("train", *HELD_OUT) if trains else HELD_OUT)}
-    decode = functools.partial(
-        decode_all, read_image=data.read_image, prepare=processor.resize, workers=run.workers
-    )
-    features = _features(
-        run, engine, store, processor, [e for split in shown.values() for e in split], decode
-    )
-    store.load()  # after the vision tower has come and gone: both need not fit at once
-    batchers = {
-        split: Batcher(
-            processor, examples, decode(examples) if features is None else {}, engine.device, features
+    batchers = _batchers(run, engine, store, processor, data)
+    evaluators = {
+        split: Evaluator(
+            run=run,
+            engine=engine,
+            store=store,
+            batcher=batchers[split],
+            answers=data.answers,
+            processor=processor,
         )
-        for split, examples in shown.items()
+        for split in HELD_OUT
     }
     return Federation(
         run=run,
@@ -132,68 +112,75 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
         data=data,
         processor=processor,
         store=store,
-        initial_state=state,
+        initial_state=start.state,
+        base=start.base,
         batchers=batchers,
-        evaluators={
-            split: Evaluator(
-                run=run,
-                engine=engine,
-                store=store,
-                batcher=batchers[split],
-                answers=data.answers,
-                processor=processor,
-            )
-            for split in HELD_OUT
-        },
+        evaluators=evaluators,
         clients=clients,
         client_levels=client_levels,
         held_out={split: _held_out(run, data, split, clients, client_levels, store) for split in HELD_OUT},
     )
 
 
-def _features(
-    run: RunConfig,
-    engine: Engine,
-    store: Store,
-    processor: Any,
-    examples: Sequence[Example],
-    decode: Callable[[Sequence[Example]], dict[str, Tensor]],
-) -> Mapping[str, Tensor] | None:
-    """Image -> what the frozen vision tower says of it; the tower then leaves the device.
+def _check_launch(run: RunConfig, engine: Engine) -> None:
+    """Refuse what this launch cannot do before data is read."""
+    micro_batch_size(run, engine.num_processes)
+    holds_whole_base(run, engine.shards_weights)
+    check_attention(run, engine.device.type, is_flash_attn_2_available())
+    check_quantisation(run, engine.device)
 
-    None with `--feature_cache off`, where the tower is trained, and where training moves pixels.
-    """
-    moves_pixels = run.augment and run.evaluate_from is None
-    if run.feature_cache == "off" or not run.freeze_vit or moves_pixels:
-        return None
-    family, model = store.models.family, store.vision_tower()
-    weights = {name: p for name, p in model.named_parameters() if family.is_vision(name)}
-    held_in = next(iter(weights.values())).dtype
-    computed_in = DTYPES[run.precision] if held_in == DTYPES["fp32"] else held_in
 
-    def encode(pixels_bchw: Tensor) -> Tensor:
-        with torch.inference_mode(), engine.autocast():
-            return family.encode_images(model, pixels_bchw.to(engine.device))
+def _read(run: RunConfig) -> DataSplits:
+    data = resolve("data", run.data)(run)
+    if run.evaluate_from is None:
+        data = _training_splits(data, run)
+    _check_answers(run, data)
+    return data
 
-    tower = FrozenTower(
-        normalise=processor.normalise,
-        encode=encode,
-        dtype=computed_in if run.feature_dtype == "auto" else DTYPES[run.feature_dtype],
+
+def _texts(data: DataSplits) -> list[str]:
+    """All that a tokenizer may be trained on."""
+    shown = {text for split in data.splits.values() for e in split for text in (e.question, e.answer)}
+    return [*sorted(shown), *(data.answers or ())]
+
+
+def _deal(run: RunConfig, data: DataSplits) -> tuple[tuple[int, ...], ...]:
+    """Per client, its training examples; none where nobody asks for them."""
+    if run.evaluate_from is not None and run.evalmode != "local":
+        return ()
+    return partition(
+        data.splits["train"],
+        num_clients=run.num_clients,
+        partitioner=run.partitioner,
+        alpha=run.alpha,
+        classes_per_client=run.classes_per_client,
+        min_patients=run.min_patients,
+        seed=run.seed,
+        client_names=run.client_names,
     )
-    distinct = list({example.image_key: example for example in examples}.values())
-    starts = range(0, len(distinct), DECODED_AT_ONCE)
-    images = (image for at in starts for image in decode(distinct[at : at + DECODED_AT_ONCE]).items())
-    features: Mapping[str, Tensor]
-    if run.feature_cache == "file":
-        settings = family.vision_settings(store.models.config)
-        settings |= {"precision": run.precision, "rows": FEATURE_BATCH}
-        fingerprint = tower_fingerprint(json.dumps(settings, sort_keys=True), tower, weights)
-        folder = Path(run.feature_folder or Path(run.save_path) / "features")
-        features = keep_in_files(images, tower, engine, folder, fingerprint)
-    else:
-        features = keep_in_memory(images, len(distinct), tower, engine)
-    store.drop_vision()
-    return features
+
+
+def _batchers(
+    run: RunConfig, engine: Engine, store: Store, processor: Any, data: DataSplits
+) -> dict[str, Batcher]:
+    """Per split that is looked at; then the frozen base is all where it stays."""
+    names = HELD_OUT if run.evaluate_from is not None else ("train", *HELD_OUT)
+    shown = {split: data.splits[split] for split in names}
+    decode = functools.partial(
+        decode_all, read_image=data.read_image, prepare=processor.resize, workers=run.workers
+    )
+    features = None
+    if caches_features(run):
+        features = image_features(
+            run, engine, store, processor, [e for split in shown.values() for e in split], decode
+        )
+    store.load()  # after the vision tower has come and gone: both need not fit at once
+    return {
+        split: Batcher(
+            processor, examples, decode(examples) if features is None else {}, engine.device, features
+        )
+        for split, examples in shown.items()
+    }
 
 
 def _training_splits(data: DataSplits, run: RunConfig) -> DataSplits:

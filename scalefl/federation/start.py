@@ -9,20 +9,20 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import is_flash_attn_2_available
 
 from scalefl import checkpoint
+from scalefl.config.derived import holds_whole_base
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import CONFIG_FILE, load_config
+from scalefl.config.saved import CONFIG_FILE, load_config, saved_base
 from scalefl.contracts import InputError, State
 from scalefl.engine.launch import Engine
-from scalefl.engine.optimizers import check_quantisation
 from scalefl.models.build import DTYPES, GlobalModel, check_weights, new_model
 from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles
@@ -40,6 +40,18 @@ SAME_PART = ("tuning", "freeze_vit", "lora_r", "lora_alpha", "lora_targets", "ee
 """Options that decide what the trained part of a model is; it can go on only under the same ones."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run starts from."""
+
+    processor: Any
+    store: Store
+    state: State
+    """Trainable state."""
+    base: str | None
+    """Digest of the files that the frozen base was read from; None of a base from scratch, or none at all."""
+
+
 def start_from(
     run: RunConfig,
     model_file: ModelFile,
@@ -47,13 +59,8 @@ def start_from(
     texts: list[str],
     processor_from: str | None,
     engine: Engine,
-) -> tuple[Any, Store, State]:
-    """The processor, the store and the trainable state a run starts from.
-
-    A tokenizer is trained on `texts` unless `processor_from` or `--init_from` names a folder that has one.
-    """
-    _check_attention(run, engine.device)
-    check_quantisation(run, engine.device)
+) -> Start:
+    """A tokenizer is trained on `texts` unless `processor_from` or `--init_from` names one's folder."""
     if run.init_from is None:
         processor = (
             family.load_processor(processor_from) if processor_from else family.processor(model_file, texts)
@@ -62,7 +69,7 @@ def start_from(
             log.warning("--tuning lora without --init_from: adapters on a base of random weights")
         config = family.config(model_file, processor)
         weights = dict(new_model(run, family, config).named_parameters())
-        return processor, *_stored(run, model_file, family, config, weights, engine, from_scratch=True)
+        return _stored(run, model_file, family, config, weights, engine, processor)
     source = Path(run.init_from)
     if (source / CONFIG_FILE).is_file():
         earlier, earlier_file = load_config(source)
@@ -77,7 +84,7 @@ def start_from(
         )
     config, files = family.load_config(str(source)), TensorFiles(source)
     check_weights(family, config, files)
-    return family.load_processor(str(source)), *_stored(run, model_file, family, config, files, engine)
+    return _stored(run, model_file, family, config, files, engine, family.load_processor(str(source)))
 
 
 def _stored(
@@ -87,42 +94,43 @@ def _stored(
     config: Any,
     weights: Mapping[str, Tensor],
     engine: Engine,
-    from_scratch: bool = False,
-) -> tuple[Store, State]:
+    processor: Any,
+) -> Start:
     """The base where `--base_store` wants it, and the trainable state."""
+    digest = weights.digest() if isinstance(weights, TensorFiles) else None
     source = GlobalModel(
         run,
         family,
         config,
         weights,
-        from_scratch=from_scratch,
+        from_scratch=digest is None,
         vit_dtype=DTYPES[model_file.vit_precision],
     )
-    in_files = engine.shards_weights if run.base_store == "auto" else run.base_store == "file"
-    if engine.shards_weights and not in_files:
-        raise InputError(
-            "--base_store: got resident, but ZeRO-3 spreads weights over the processes as they are read "
-            "from files; expected file or auto, or ZeRO-2."
-        )
-    if not in_files or not source.models.base_shapes:  # under full tuning there is no base
-        return source.resident(engine.device), source.initial_state()
-    folder = Path(run.save_path) / "base"
-    if source.needs_folder and engine.is_main:
-        _write_base(folder, source, engine.device, _recipe(run, model_file, config, weights))
-    engine.barrier()
-    return source.on_disk(engine.device, folder), source.initial_state()
+    has_base = bool(source.models.base_shapes)  # not under full tuning
+    store: Store
+    if holds_whole_base(run, engine.shards_weights) or not has_base:
+        store = source.resident(engine.device)
+    else:
+        folder = Path(run.save_path) / "base"
+        if source.needs_folder and engine.is_main:
+            _write_base(folder, source, engine.device, _recipe(run, model_file, config, digest))
+        engine.barrier()
+        store = source.on_disk(engine.device, folder)
+    return Start(
+        processor=processor,
+        store=store,
+        state=source.initial_state(),
+        base=digest if has_base else None,
+    )
 
 
-def _recipe(
-    run: RunConfig, model_file: ModelFile, config: Any, weights: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _recipe(run: RunConfig, model_file: ModelFile, config: Any, digest: str | None) -> dict[str, Any]:
     """All that decides the bits of a base in files, as JSON gives it back."""
-    drawn_or_read = weights.fingerprint() if isinstance(weights, TensorFiles) else {"seed": run.seed}
     recipe = {
         "arch": run.arch,
         "config": json.loads(config.to_json_string(use_diff=False)),
         "vit_precision": model_file.vit_precision,
-        "weights": drawn_or_read,
+        "weights": digest or {"seed": run.seed},
         "options": {name: getattr(run, name) for name in DECIDE_BASE},
     }
     return json.loads(json.dumps(recipe))
@@ -150,16 +158,6 @@ def _write_base(folder: Path, source: GlobalModel, device: torch.device, recipe:
     temporary.rename(folder)
 
 
-def _check_attention(run: RunConfig, device: torch.device) -> None:
-    if run.attn != "flash_attention_2" or run.evaluate_from is not None:  # evaluation masks, and takes sdpa
-        return
-    if device.type != "cuda" or run.precision != "bf16" or not is_flash_attn_2_available():
-        raise InputError(
-            "--attn flash_attention_2: needs a CUDA GPU, --precision bf16 and the package flash-attn; "
-            "expected sdpa, which takes the fastest kernel that PyTorch has itself."
-        )
-
-
 def _from_part(
     run: RunConfig,
     source: Path,
@@ -167,7 +165,7 @@ def _from_part(
     earlier_file: ModelFile,
     family: ModelFamily,
     engine: Engine,
-) -> tuple[Any, Store, State]:
+) -> Start:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
     differing = [name for name in SAME_PART if getattr(earlier, name) != getattr(run, name)]
     if differing:
@@ -176,10 +174,21 @@ def _from_part(
             f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
         )
     base_run = dataclasses.replace(run, init_from=earlier.init_from, seed=earlier.seed)
-    processor, store, initial = start_from(base_run, earlier_file, family, [], str(source), engine)
+    start = start_from(base_run, earlier_file, family, [], str(source), engine)
+    check_same_base(source, start.base, earlier.init_from)
     state = dict(checkpoint.load(source).state)
-    check_same_parameters(state, initial, str(source))
-    return processor, store, state
+    check_same_parameters(state, start.state, str(source))
+    return dataclasses.replace(start, state=state)
+
+
+def check_same_base(folder: Path, base: str | None, init_from: str | None) -> None:
+    """A run or checkpoint whose frozen base is another one by now is refused."""
+    saved = saved_base(folder)
+    if saved is not None and saved != base:
+        raise InputError(
+            f"{folder}: was trained on other weights than {init_from} holds now; expected the base as it "
+            "was; put it back, or name the folder that has it with --init_from."
+        )
 
 
 def check_same_parameters(state: State, initial: State, source: str) -> None:

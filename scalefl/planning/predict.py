@@ -12,9 +12,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalefl.batches import Candidates
+from scalefl.config.derived import (
+    adjusts_logits,
+    caches_features,
+    check_attention,
+    checkpoints,
+    feature_dtype,
+    holds_whole_base,
+    micro_batch_size,
+)
 from scalefl.config.options import RunConfig
 from scalefl.config.planoptions import PlanOptions
-from scalefl.contracts import InputError, LevelSpec
+from scalefl.contracts import LevelSpec
 from scalefl.engine.optimizers import PAGED, check_optimizer
 from scalefl.features import FEATURE_BATCH
 from scalefl.models.build import DTYPES, GlobalModel, plan_levels
@@ -29,9 +38,6 @@ MARGIN = 0.05
 """Share of the predicted peak that is kept free."""
 RUNTIME = {"cpu": 500_000_000, "cuda": 600_000_000}
 """Bytes of Python and its libraries (measured: 440 MB), or of a GPU's context and libraries (assumed)."""
-
-LABEL_PARTITIONERS = ("dirichlet", "pathological")
-"""Those whose clients' logits are adjusted unless told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class Predictor:
     def __init__(self, run: RunConfig, subject: Subject, options: PlanOptions) -> None:
         """Raises InputError for what a launch would refuse: its batch, its optimizer, its quantisation."""
         self._run, self._subject = run, subject
-        self.micro_batch_size = _micro_batch_size(run, options.world_size)
+        self.micro_batch_size = micro_batch_size(run, options.world_size)
         self.launch = Launch(
             optimizer=run.optimizer,
             momentum=run.momentum,
@@ -74,7 +80,10 @@ class Predictor:
         offloaded = options.offload != "none"
         if self.launch.device == "cpu" or (offloaded and run.optimizer in PAGED):
             check_optimizer(run, torch.device("cpu"), offloaded=offloaded)
-        self.caches_features = bool(run.freeze_vit) and run.feature_cache != "off" and not run.augment
+        check_attention(run, self.launch.device)
+        self.caches_features = caches_features(run)
+        self.rounds_hold_all = holds_whole_base(run, shards_weights=options.zero_stage == 3)
+        """Whether the process of a round holds the whole frozen base: not where it reads it from files."""
         self._models = GlobalModel(run, subject.family, subject.config, {}).models
         self.features: MemoryEstimate | None = None
         """Of the vision tower's pass over every image, before the rest of the base is there."""
@@ -94,12 +103,6 @@ class Predictor:
         return min(self._models.axes[name].size for name in kept)
 
     @property
-    def rounds_hold_all(self) -> bool:
-        """Whether the process of a round holds the whole frozen base: not where it reads it from files."""
-        store = self._run.base_store
-        return store == "resident" or (store == "auto" and self.launch.zero_stage < 3)
-
-    @property
     def bytes_of_image(self) -> int:
         """What a run keeps of an image in host memory: its features, or its pixels in 8 bits, in colour."""
         if not self.caches_features:
@@ -109,12 +112,14 @@ class Predictor:
 
     def levels(self) -> list[LevelPlan]:
         """The run's own, weakest first."""
-        limited_to, plans = self._run.checkpointing_levels, []
-        for level in self._models.levels:
-            checkpoints = self._run.gradient_checkpointing and (not limited_to or level in limited_to)
-            run = dataclasses.replace(self._run, gradient_checkpointing=checkpoints)
-            plans.append(self._plan(self._models, level, run))
-        return plans
+        return [
+            self._plan(
+                self._models,
+                level,
+                dataclasses.replace(self._run, gradient_checkpointing=checkpoints(self._run, level)),
+            )
+            for level in self._models.levels
+        ]
 
     def submodel(self, width: float, depth: int) -> LevelPlan:
         """The plan of any width and depth, as level 1."""
@@ -215,11 +220,8 @@ class Predictor:
             "pixel_values": ((rows, 3, size, size), torch.float32)
         }
         if self.caches_features:
-            dtype = DTYPES["bf16"] if run.precision == "bf16" else self._vit_dtype
-            if run.feature_dtype != "auto":
-                dtype = DTYPES[run.feature_dtype]
+            dtype = DTYPES[feature_dtype(run, subject.model_file.vit_precision)]
             images = {"image_features": ((rows, *subject.image_features), dtype)}
-        skewed = run.partitioner in LABEL_PARTITIONERS and not run.balanced_sampling
         return StepShape(
             rows=rows,
             length=subject.length,
@@ -228,7 +230,7 @@ class Predictor:
             autocast=run.precision == "bf16",
             distill_weight=run.KD_gamma,
             temperature=run.KD_T,
-            adjusts_logits=run.logit_adjustment == "on" or (run.logit_adjustment == "auto" and skewed),
+            adjusts_logits=adjusts_logits(run, closed_answers=True),
         )
 
 
@@ -240,18 +242,6 @@ def _forward_only(run: RunConfig) -> RunConfig:
 def _state_bytes(models: SubModels) -> int:
     """The global trainable state, in fp32."""
     return 4 * sum(math.prod(shape) for shape in models.trainable_shapes.values())
-
-
-def _micro_batch_size(run: RunConfig, world_size: int) -> int:
-    """Rows of a forward pass of one process."""
-    size = run.micro_batch_size or run.batch_size // world_size
-    if size < 1 or run.batch_size % (size * world_size):
-        unit = max(size, 1) * world_size
-        raise InputError(
-            f"--world_size: {world_size} processes cannot share --batch_size {run.batch_size} in "
-            f"micro-batches of {max(size, 1)}; expected a batch size that is a multiple of {unit}."
-        )
-    return size
 
 
 def _device(run: RunConfig, options: PlanOptions) -> str:
