@@ -22,6 +22,7 @@ import torch
 from measuring import Row, show
 from midsize import resolved
 
+from scalefl import features
 from scalefl.contracts import ClientTask
 from scalefl.federation import setup
 from scalefl.federation.client import ClientTrainer
@@ -54,7 +55,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         without = federation(Path(folder) / "off", "off", arguments)
-        with timed(setup, "keep_in_memory") as filling:
+        with timed(features, "keep_in_memory") as filling:
             cached = federation(Path(folder) / "memory", "memory", arguments)
         return compare(without, cached, sum(filling), arguments)
 

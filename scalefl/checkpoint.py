@@ -101,11 +101,6 @@ def latest(folder: Path) -> Path | None:
     return max(found, key=_age, default=None)
 
 
-def load_latest(folder: Path) -> Progress | None:
-    path = latest(folder)
-    return None if path is None else load(path)
-
-
 def load(path: Path) -> Progress:
     """Read one checkpoint folder. Raises InputError if it is none, is damaged, or is of another format."""
     try:

@@ -1,10 +1,14 @@
 """The `scalefl` command: parse, build, run, and turn what a user can mend into one line and an exit code."""
 
+import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from scalefl.config.flags import parse
 from scalefl.config.resolve import resolve
@@ -20,7 +24,9 @@ NEXT_STEPS = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions, or give another --save_path."
     ),
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "give another path."),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST), "give another path."
+    ),
 }
 """Errors of the operating system that a user can mend -> how."""
 
@@ -42,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scalefl.federation.run import train
 
         save_path = run.save_path
-        train(run, model_file)
+        with _stop_in_setup():
+            train(run, model_file)
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
@@ -57,6 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_CTRL_C
     return 0
+
+
+@contextlib.contextmanager
+def _stop_in_setup() -> Iterator[None]:
+    """SIGTERM before training begins, or in an evaluation, says so; a round loop stops at a step itself."""
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        if _speaks():
+            print("scalefl: stopped outside of training; nothing is lost, start again.", file=sys.stderr)
+        sys.exit(EXIT_SIGNAL + signum)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _speaks() -> bool:

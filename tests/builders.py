@@ -13,7 +13,8 @@ from scalefl.batches import Batcher
 from scalefl.config.modelfile import EVA_VIT_G, LLAMA_2_7B, ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.contracts import Example, State
-from scalefl.models.build import build_global, new_model
+from scalefl.models.build import ModelSource, new_model
+from scalefl.models.family import ModelFamily
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2Processor
 from scalefl.models.store import ResidentStore
 
@@ -140,3 +141,24 @@ def exit_logits(model: nn.Module) -> tuple[Tensor, ...]:
     inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
     with torch.no_grad():
         return model(**inputs).exit_logits
+
+
+def build_global(
+    run: RunConfig,
+    family: ModelFamily,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    from_scratch: bool = False,
+    vit_dtype: torch.dtype = torch.float32,
+) -> tuple[ResidentStore, State]:
+    """The resident store of a model's frozen part, and its trainable state (fp32, CPU).
+
+    `config` and `weights` are the model's own, with the exits it was saved with. Weights are read one after
+    another, converted and put on the device. `from_scratch` weights may be changed in place.
+    """
+    source = ModelSource(run, family, config, weights, from_scratch=from_scratch, vit_dtype=vit_dtype)
+    store = source.resident(device)
+    store.load()
+    return store, source.initial_state()

@@ -25,7 +25,7 @@ from scalefl.cli import main
 from scalefl.contracts import InputError, State
 from scalefl.federation.rounds import sample_cohort
 from scalefl.federation.setup import Federation
-from scalefl.models.build import DTYPES, GlobalModel
+from scalefl.models.build import DTYPES, ModelSource
 from scalefl.models.build import new_model as random_model
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2ForConditionalGeneration
 
@@ -183,7 +183,7 @@ def plain_rounds(before: Federation) -> State:
     config = FAMILY.config(before.model_file, before.processor)
     weights = dict(random_model(run, FAMILY, config).named_parameters())
     plain = replace(run, quantization="none")
-    store = GlobalModel(plain, FAMILY, config, weights, from_scratch=True).resident(torch.device("cpu"))
+    store = ModelSource(plain, FAMILY, config, weights, from_scratch=True).resident(torch.device("cpu"))
     store.load()
     for name in store.base:
         if FAMILY.is_block_weight(name):

@@ -21,6 +21,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from scalefl import checkpoint
+from scalefl.checkpoint import Progress
 from scalefl.cli import main
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
@@ -123,6 +125,11 @@ def refuse(name: str) -> None:
 
 def state(run_folder: Path, round: int) -> State:
     return load_file(run_folder / "checkpoints" / f"round-{round:04d}" / "model.safetensors")
+
+
+def load_latest(checkpoints: Path) -> Progress | None:
+    path = checkpoint.latest(checkpoints)
+    return None if path is None else checkpoint.load(path)
 
 
 def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import arguments, federation, forget_launch, refuse, same_bits, start, state, tree
+from runs import arguments, federation, forget_launch, load_latest, refuse, same_bits, start, state, tree
 from safetensors.torch import save_file
 
 from scalefl import checkpoint
@@ -43,8 +43,8 @@ def same(one, other):
 def test_what_is_saved_is_loaded(tmp_path):
     before = progress(3, best={"round": 2, "value": 0.25})
     checkpoint.save(tmp_path, before, 2, lambda folder: None)
-    assert same(checkpoint.load_latest(tmp_path), before)
-    assert checkpoint.load_latest(tmp_path / "nowhere") is None
+    assert same(load_latest(tmp_path), before)
+    assert load_latest(tmp_path / "nowhere") is None
 
 
 def test_sums_in_mid_round_are_loaded_bit_for_bit(tmp_path):
@@ -55,7 +55,7 @@ def test_sums_in_mid_round_are_loaded_bit_for_bit(tmp_path):
     before = progress(7, partial=Partial(sums=sums, clients=clients))
     checkpoint.save(tmp_path, before, 2, lambda folder: None)
     assert names(tmp_path) == ["round-0007", "round-0008-part"]
-    after = checkpoint.load_latest(tmp_path)
+    after = load_latest(tmp_path)
     assert same(after, before) and after.partial.clients == clients
     assert all(same_bits(after.partial.sums[kind], sums[kind]) for kind in sums)
     write(tmp_path, 8)
@@ -109,7 +109,7 @@ def test_a_failure_at_any_step_leaves_a_checkpoint_to_go_on_from(tmp_path, monke
         failed = True
     monkeypatch.undo()
     assert failed or len(calls) < call or step == "rmtree"
-    after = checkpoint.load_latest(tmp_path)
+    after = load_latest(tmp_path)
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
     if same_bits(after.state, later.state):  # it failed after the new one was in place, or not at all
         assert after.partial.clients == later.partial.clients
@@ -127,7 +127,7 @@ def test_what_a_killed_process_left_half_written_is_not_read(tmp_path, left):
     write(tmp_path, 3)
     shutil.copytree(tmp_path / "round-0003", tmp_path / left)
     (tmp_path / left / "model.safetensors").write_bytes(b"half")
-    assert checkpoint.load_latest(tmp_path).round == 3
+    assert load_latest(tmp_path).round == 3
     write(tmp_path, 4)
     assert names(tmp_path) == ["round-0003", "round-0004"]
 
@@ -136,7 +136,7 @@ def test_a_process_killed_between_two_renames_loses_nothing(tmp_path):
     write(tmp_path, 3)
     checkpoint.save(tmp_path, progress(3, 5, partial=Partial(sums={}, clients=[])), 2, lambda folder: None)
     (tmp_path / "round-0004-part").rename(tmp_path / ".round-0004-part.old")
-    assert same_bits(checkpoint.load_latest(tmp_path).state, weights(5))
+    assert same_bits(load_latest(tmp_path).state, weights(5))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(tmp_pat
     assert main([*arguments(tmp_path, **options), "--save_path", str(run_folder)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "scalefl:" in line]
     assert line.endswith("No space left on device; free some space, or give another --save_path.")
-    last = checkpoint.load_latest(run_folder / "checkpoints")
+    last = load_latest(run_folder / "checkpoints")
     assert 1 <= last.round < 5
     assert not [name for name in names(run_folder / "checkpoints") if name.endswith(".tmp")]
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
@@ -236,7 +236,7 @@ def test_an_error_while_writing_passes_on_and_cleans_up(tmp_path, error):
 
 def test_a_checkpoint_of_a_run_loads_as_what_the_run_ended_with(tmp_path):
     run_folder = start(tmp_path)
-    last = checkpoint.load_latest(run_folder / "checkpoints")
+    last = load_latest(run_folder / "checkpoints")
     assert last.round == 2 and last.partial is None
     assert last.metrics_bytes == (run_folder / "metrics.jsonl").stat().st_size
     assert last.state.keys() == federation(tmp_path).initial_state.keys()

@@ -243,3 +243,14 @@ def test_parsing_and_resolving_load_no_heavy_module():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_stop_before_training_says_so(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("scalefl.federation.run.train", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--data", "synthetic"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "scalefl: stopped outside of training; nothing is lost, start again."
+    assert signal.getsignal(signal.SIGTERM) is before

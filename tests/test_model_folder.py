@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import ANSWERS, QUESTIONS, RUN, build_store, exit_logits, model_file, processor
+from builders import ANSWERS, QUESTIONS, RUN, build_global, build_store, exit_logits, model_file, processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from scalefl.models.build import build_global
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2Config, MiniGPTv2ForConditionalGeneration
 
 

@@ -6,9 +6,19 @@ import signal
 import time
 
 import pytest
-from runs import Job, arguments, forget_launch, largest_difference, records, same_bits, start, state, tree
+from runs import (
+    Job,
+    arguments,
+    forget_launch,
+    largest_difference,
+    load_latest,
+    records,
+    same_bits,
+    start,
+    state,
+    tree,
+)
 
-from scalefl import checkpoint
 from scalefl.cli import main
 from scalefl.config import saved
 from scalefl.console import Display
@@ -54,7 +64,7 @@ def test_killed_at_five_random_moments(tmp_path_factory):
             assert job.process.poll() is None, "the run is over already: train longer"
             os.kill(job.process.pid, signal.SIGKILL)
         if (folder / "run" / "checkpoints").is_dir():
-            killed_in.add(checkpoint.load_latest(folder / "run" / "checkpoints").folder_name)
+            killed_in.add(load_latest(folder / "run" / "checkpoints").folder_name)
             command = ["scalefl", "train", "--resume", str(folder / "run")]
     assert len(killed_in) >= 2, "moments that come to the same test little"
     assert resume(folder / "run") == 0
@@ -86,7 +96,7 @@ def test_a_signal_in_mid_round(tmp_path, monkeypatch, whole, number, step, finis
     forget_launch()
     assert main(arguments(tmp_path, **MANY_SAVES, num_rounds=3)) == 128 + number
     monkeypatch.undo()
-    last = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    last = load_latest(tmp_path / "run" / "checkpoints")
     assert last.folder_name == f"round-{1 + step // 11:04d}-part"
     assert len(last.partial.clients) == finished
     assert resume(tmp_path / "run") == 0
@@ -108,7 +118,7 @@ def test_a_signal_in_evaluation(tmp_path, monkeypatch, whole):
     forget_launch()
     assert main(arguments(tmp_path, **MANY_SAVES, num_rounds=3)) == 143
     monkeypatch.undo()
-    assert len(checkpoint.load_latest(tmp_path / "run" / "checkpoints").partial.clients) == 4
+    assert len(load_latest(tmp_path / "run" / "checkpoints").partial.clients) == 4
     assert resume(tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole)
 
@@ -123,7 +133,7 @@ def test_exit_code_and_time_of_a_stop(tmp_path, number):
         assert job.end() == 128 + number
     assert time.monotonic() - sent < 5
     assert "Traceback" not in job.output
-    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").partial is not None
+    assert load_latest(tmp_path / "run" / "checkpoints").partial is not None
 
 
 @pytest.mark.parametrize("typed", [[], ["--num_rounds", "2"], ["--num_rounds", "1"]])

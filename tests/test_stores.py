@@ -43,7 +43,7 @@ from scalefl.contracts import InputError
 from scalefl.engine.launch import Engine
 from scalefl.federation.start import start_from
 from scalefl.models import files
-from scalefl.models.build import DTYPES, GlobalModel, check_weights, new_model
+from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
 from scalefl.models.files import INDEX, SINGLE, TensorFiles, write_tensors
 from scalefl.models.minigptv2 import FAMILY
 from scalefl.models.quantised import QuantisedLinear, QuantisedWeight
@@ -87,11 +87,11 @@ def whole_model() -> nn.Module:
     return model
 
 
-def source(weights: Any, number: int = 0, **options: Any) -> GlobalModel:
+def source(weights: Any, number: int = 0, **options: Any) -> ModelSource:
     """A model on its way into a store; from the memory of this process where `weights` are no files."""
     always = {"freeze_vit": True, "lora_targets": TARGETS, "zero_tails": False}
     run = replace(RUN, **(always | options))
-    return GlobalModel(
+    return ModelSource(
         run,
         FAMILY,
         config(),
@@ -290,14 +290,14 @@ def test_a_tower_leaves_the_store(tmp_path: Path, kind: str, quantization: str) 
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def stored(model: GlobalModel, kind: str, folder: Path) -> Store:
+def stored(model: ModelSource, kind: str, folder: Path) -> Store:
     if kind == "resident":
         return model.resident(CPU)
     model.write(folder, CPU)
     return model.on_disk(CPU, folder)
 
 
-def wide_source(folder: Path) -> GlobalModel:
+def wide_source(folder: Path) -> ModelSource:
     """A model of 150 MB in fp32, in the files of this folder, held as bf16."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3}
     file = model_file()
@@ -308,7 +308,7 @@ def wide_source(folder: Path) -> GlobalModel:
         save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, folder / SINGLE)
     held = {"tuning": "lora", "freeze_vit": True, "precision": "bf16"}
     run = replace(RUN, **held, vertical_scale_ratios=(0.25, 0.5, 1.0))
-    return GlobalModel(run, FAMILY, wide, TensorFiles(folder))
+    return ModelSource(run, FAMILY, wide, TensorFiles(folder))
 
 
 def anonymous_bytes() -> int:

@@ -4,9 +4,7 @@ import os
 import signal
 
 import pytest
-from runs import arguments, largest_difference, launched, nearly, records, start, state
-
-from scalefl.checkpoint import load_latest
+from runs import arguments, largest_difference, launched, load_latest, nearly, records, start, state
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from scalefl.config.options import RunConfig
 from scalefl.config.saved import CONFIG_FILE, load_config, saved_base
 from scalefl.contracts import InputError, State
 from scalefl.engine.launch import Engine
-from scalefl.models.build import DTYPES, GlobalModel, check_weights, new_model
+from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
 from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles
 from scalefl.models.store import Store
@@ -98,7 +98,7 @@ def _stored(
 ) -> Start:
     """The base where `--base_store` wants it, and the trainable state."""
     digest = weights.digest() if isinstance(weights, TensorFiles) else None
-    source = GlobalModel(
+    source = ModelSource(
         run,
         family,
         config,
@@ -113,7 +113,9 @@ def _stored(
     else:
         folder = Path(run.save_path) / "base"
         if source.needs_folder and engine.is_main:
-            _write_base(folder, source, engine.device, _recipe(run, model_file, config, digest))
+            weights_are = weights.stamps() if isinstance(weights, TensorFiles) else {"seed": run.seed}
+            recipe = _recipe(run, model_file, config, [digest, weights_are])
+            _write_base(folder, source, engine.device, recipe)
         engine.barrier()
         store = source.on_disk(engine.device, folder)
     return Start(
@@ -124,19 +126,19 @@ def _stored(
     )
 
 
-def _recipe(run: RunConfig, model_file: ModelFile, config: Any, digest: str | None) -> dict[str, Any]:
+def _recipe(run: RunConfig, model_file: ModelFile, config: Any, weights_are: Any) -> dict[str, Any]:
     """All that decides the bits of a base in files, as JSON gives it back."""
     recipe = {
         "arch": run.arch,
         "config": json.loads(config.to_json_string(use_diff=False)),
         "vit_precision": model_file.vit_precision,
-        "weights": digest or {"seed": run.seed},
+        "weights": weights_are,
         "options": {name: getattr(run, name) for name in DECIDE_BASE},
     }
     return json.loads(json.dumps(recipe))
 
 
-def _write_base(folder: Path, source: GlobalModel, device: torch.device, recipe: dict[str, Any]) -> None:
+def _write_base(folder: Path, source: ModelSource, device: torch.device, recipe: dict[str, Any]) -> None:
     """Write a base, unless one of the same recipe is there: it is whole, for it was renamed into place.
 
     A run that died before its first checkpoint may have left one of other options.

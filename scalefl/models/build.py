@@ -75,28 +75,7 @@ def new_model(run: RunConfig, family: ModelFamily, config: Any) -> nn.Module:
         return family.new_model(config)
 
 
-def build_global(
-    run: RunConfig,
-    family: ModelFamily,
-    config: Any,
-    weights: Mapping[str, Tensor],
-    *,
-    device: torch.device,
-    from_scratch: bool = False,
-    vit_dtype: torch.dtype = torch.float32,
-) -> tuple[ResidentStore, State]:
-    """The resident store of a model's frozen part, and its trainable state (fp32, CPU).
-
-    `config` and `weights` are the model's own, with the exits it was saved with. Weights are read one after
-    another, converted and put on the device. `from_scratch` weights may be changed in place.
-    """
-    source = GlobalModel(run, family, config, weights, from_scratch=from_scratch, vit_dtype=vit_dtype)
-    store = source.resident(device)
-    store.load()
-    return store, source.initial_state()
-
-
-class GlobalModel:
+class ModelSource:
     """A model's weights on their way into a store: nothing is read before it is asked for."""
 
     def __init__(

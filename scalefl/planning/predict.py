@@ -26,7 +26,7 @@ from scalefl.config.planoptions import PlanOptions
 from scalefl.contracts import LevelSpec
 from scalefl.engine.optimizers import PAGED, check_optimizer
 from scalefl.features import FEATURE_BATCH
-from scalefl.models.build import DTYPES, GlobalModel, plan_levels
+from scalefl.models.build import DTYPES, ModelSource, plan_levels
 from scalefl.models.cost import LevelCost, level_cost
 from scalefl.models.submodels import WHOLE, SubModels
 from scalefl.planning.estimate import Launch, MemoryEstimate, estimate, estimate_inference
@@ -84,7 +84,7 @@ class Predictor:
         self.caches_features = caches_features(run)
         self.rounds_hold_all = holds_whole_base(run, shards_weights=options.zero_stage == 3)
         """Whether the process of a round holds the whole frozen base: not where it reads it from files."""
-        self._models = GlobalModel(run, subject.family, subject.config, {}).models
+        self._models = ModelSource(run, subject.family, subject.config, {}).models
         self.features: MemoryEstimate | None = None
         """Of the vision tower's pass over every image, before the rest of the base is there."""
         if self.caches_features:
