@@ -40,6 +40,9 @@ FEATURE_BATCH = 8
 DECODED_AT_ONCE = 64
 """Images whose pixels are in memory while features are computed."""
 
+MUCH_MEMORY = 2e9
+"""Bytes of features in memory, of each process, that are worth a warning."""
+
 LEFTOVER_SECONDS = 3600.0
 """No file takes as long to write."""
 
@@ -121,6 +124,12 @@ def keep_in_memory(images: Images, count: int, tower: FrozenTower, engine: Engin
         for batch, rows_btf in zip(batches, rows, strict=False):
             if not keys:
                 table = torch.empty((count, *rows_btf.shape[1:]), dtype=rows_btf.dtype)
+                if table.nbytes > MUCH_MEMORY and engine.is_main:
+                    log.warning(
+                        "features of %d images take %.1f GB of memory in every process; "
+                        "--feature_cache file keeps them on disk",
+                        *(count, table.nbytes / 1e9),
+                    )
             table[len(keys) : len(keys) + len(batch)] = rows_btf[: len(batch)]
             keys += [key for key, _ in batch]
     return dict(zip(keys, table, strict=True))

@@ -1,18 +1,36 @@
-"""Results -> the table of levels x exits that a run ends with."""
+"""What runs and plans print of levels and clients, as columns and rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from scalefl.models.store import WHOLE
+from scalefl.contracts import LevelSpec
+from scalefl.models.cost import LevelCost
+from scalefl.models.submodels import WHOLE
 
 Evaluation = Mapping[str, Any]
 """Level (as text) -> metrics of each exit, shallowest first."""
 
 
+def levels_and_costs(levels: Iterable[tuple[LevelSpec, LevelCost]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: what every level keeps, and what it costs a client."""
+    rows = []
+    for number, (spec, cost) in enumerate(levels, start=1):
+        rows.append([f"level {number}", f"{spec.width_ratio:g}", str(spec.depth)])
+        rows[-1] += [f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.macs / 1e6:,.1f} M"]
+        rows[-1] += [f"{cost.bytes_each_way / 1e6:.2f} MB"]
+        rows[-1].append(" ".join(f"{axis}={units}" for axis, units in spec.kept.items()))
+    return ["level", "width", "exits", "parameters", "trainable", "MACs/example", "up = down", "keeps"], rows
+
+
+def client_title(number: int, name: str) -> str:
+    """A client by its number, and by its name where it has one of its own."""
+    return f"client {number}" if name == str(number) else f"client {number} ({name})"
+
+
 def levels_by_exits(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: each level's every exit, its deepest last."""
+    """Columns and rows of results: each level's every exit, its deepest last."""
     closed = any(e["accuracy"] is not None for exits in evaluation.values() for e in exits)
     metrics = ("balanced accuracy", "accuracy", "kappa", "mae", "loss") if closed else ("exact match", "loss")
     rows = []

@@ -245,6 +245,13 @@ def test_parsing_and_resolving_load_no_heavy_module():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_folder_that_is_a_dangling_link_is_one_line(tmp_path, capsys):
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    assert main(["train", "--data", "synthetic", "--num_rounds", "1", "--save_path", f"{tmp_path}/run"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == f"scalefl: {tmp_path}/run: File exists; give another path."
+
+
 def test_a_stop_before_training_says_so(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("scalefl.federation.run.train", lambda *_: os.kill(os.getpid(), signal.SIGTERM))

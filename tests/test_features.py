@@ -210,6 +210,17 @@ def test_features_that_a_type_cannot_hold_are_refused(model: Any) -> None:
         keep_in_memory(pictures(1).items(), 1, tower, OneOf())  # type: ignore[arg-type]
 
 
+def test_many_features_in_memory_are_warned_of(model: Any, monkeypatch: Any, caplog: Any) -> None:
+    images = pictures()
+    in_memory(Tower(model), images)
+    assert caplog.messages == []
+    rows_bytes = next(iter(in_memory(Tower(model), images).values())).nbytes * len(images)
+    monkeypatch.setattr("scalefl.features.MUCH_MEMORY", rows_bytes - 1)
+    in_memory(Tower(model), images)
+    (message,) = caplog.messages
+    assert message.startswith(f"features of {COUNT} images take 0.0 GB") and "--feature_cache file" in message
+
+
 def test_a_second_run_does_not_ask_the_tower(model: Any, tmp_path: Path) -> None:
     images, second = pictures(), Tower(model)
     first = in_files(Tower(model), images, tmp_path)

@@ -39,7 +39,7 @@ def test_two_processes_equal_one(tmp_path, engine, options):
     with launch(tmp_path / "two", engine, **OPTIONS, **options) as job:
         assert job.end() == 0, job.output
     two = tmp_path / "two" / "run"
-    assert "2 process(es)" in job.output
+    assert "2 process(es) on cpu" in job.output
     assert job.output.count("round 1/2") == 1, "only rank 0 speaks"
     assert largest_difference(state(one, 2), state(two, 2)) <= ROUNDING
     for expected, got in zip(records(one), records(two), strict=True):

@@ -99,7 +99,7 @@ class Engine:
         """How clients are trained, in words."""
         if self._zero is not None:
             return self._zero.in_words(self._accelerator)
-        return "DDP" if self.num_processes > 1 else "one process"
+        return "DDP" if self.num_processes > 1 else "plain PyTorch"
 
     def peak_memory(self) -> int:
         """Most bytes so far: of tensors on the GPU, or of this process on the CPU."""

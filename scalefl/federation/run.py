@@ -25,7 +25,7 @@ from scalefl.federation.start import check_same_base, check_same_parameters
 from scalefl.federation.stop import StopSignal
 from scalefl.models.cost import level_cost
 from scalefl.models.store import ResidentStore
-from scalefl.report import levels_by_exits
+from scalefl.report import client_title, levels_and_costs, levels_by_exits
 
 MAY_DIFFER = FREE_ON_RESUME - FOR_MEMORY | {"cfg_path"}
 """Options that processes of one run need not have in common."""
@@ -146,64 +146,49 @@ def _final_results(
 
 def _print_setup(display: Display, federation: Federation) -> None:
     run, store, data = federation.run, federation.store, federation.data
-    counts = ", ".join(f"{name} {len(examples)}" for name, examples in data.splits.items())
+    sizes = ", ".join(f"{name} {len(examples)}" for name, examples in data.splits.items())
     display.line(
-        f"{data.name}: {counts} examples; {run.num_clients} clients; {run.arch}, --tuning {run.tuning}, "
-        f"--recipe {run.recipe}; {federation.engine.num_processes} process(es) on {federation.engine.device}"
+        f"{data.name}: {sizes} examples; {run.num_clients} clients; {run.arch}, --tuning {run.tuning}, "
+        f"--recipe {run.recipe}"
     )
     display.line(_how_it_trains(federation))
     example = federation.batchers["train"].training([0]).inputs
-    rows = []
-    for level in store.models.levels:
-        spec, cost = store.models.slices[level].spec, level_cost(store.models, level, example)
-        count = federation.client_levels.count(level)
-        kept = " ".join(f"{axis}={units}" for axis, units in spec.kept.items())
-        rows.append(
-            [
-                f"level {level}",
-                count,
-                f"{spec.width_ratio:g}",
-                spec.depth,
-                f"{cost.parameters:,}",
-                f"{cost.trainable:,}",
-            ]
-            + [f"{cost.macs / 1e6:,.1f} M", f"{cost.bytes_each_way / 1e6:.2f} MB", kept]
-        )
-    columns = [
-        "level",
-        "clients",
-        "width",
-        "exits",
-        "parameters",
-        "trainable",
-        "MACs/example",
-        "up = down",
-        "keeps",
-    ]
-    display.table("levels", columns, rows)
+    models = store.models
+    columns, rows = levels_and_costs(
+        (models.slices[level].spec, level_cost(models, level, example)) for level in models.levels
+    )
+    counts = (str(federation.client_levels.count(level)) for level in models.levels)
+    rows = [[*row, count] for row, count in zip(rows, counts, strict=True)]
+    display.table("levels", [*columns, "clients"], rows)
+    names = run.client_names or [str(client) for client in range(run.num_clients)]
     held = describe(data.splits["train"], federation.clients, data.answers)
-    rows = [
-        [_called(run, c.client), federation.client_levels[c.client], c.patients, c.examples, *c.by_label]
-        for c in held
-    ]
-    display.table("clients", ["client", "level", "patients", "examples", *(data.answers or ())], rows)
-
-
-def _called(run: RunConfig, client: int) -> str:
-    name = run.client_names[client] if run.client_names else str(client)
-    return f"client {client}" + (f" ({name})" if name != str(client) else "")
+    display.table(
+        "clients",
+        ["client", "level", "patients", "examples", *(data.answers or ())],
+        [
+            [
+                client_title(c.client, names[c.client]),
+                federation.client_levels[c.client],
+                c.patients,
+                c.examples,
+                *c.by_label,
+            ]
+            for c in held
+        ],
+    )
 
 
 def _how_it_trains(federation: Federation) -> str:
     """What decides the memory of a process."""
-    run, store = federation.run, federation.store
+    run, store, engine = federation.run, federation.store, federation.engine
     base = "in memory" if isinstance(store, ResidentStore) else "read from files"
     scales = ", double" if run.quantization == "nf4" and run.double_quant else ""
     base += f" in {run.quantization}{scales}" if run.quantization != "none" else ""
     at = [str(level) for level in store.models.levels if checkpoints(run, level)]
     cached = "on disk" if run.feature_cache == "file" else "in memory"
     parts = {
-        f"{federation.engine.launch}; --precision {run.precision}": True,
+        f"{engine.num_processes} process(es) on {engine.device}, {engine.launch}": True,
+        f"--precision {run.precision}": True,
         f"frozen base {base}": bool(store.models.base_shapes),
         f"image features {cached}": not store.models.has_vision,
         f"checkpointing at level {' '.join(at)}": bool(at),

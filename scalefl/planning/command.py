@@ -22,6 +22,7 @@ from scalefl.planning.estimate import MemoryEstimate
 from scalefl.planning.predict import MARGIN, RUNTIME, LevelPlan, Predictor
 from scalefl.planning.subject import subject_of
 from scalefl.registry import resolve
+from scalefl.report import client_title, levels_and_costs
 
 GLIBC = (
     "on the CPU, glibc keeps some of what a process frees, up to as much again as it uses; with "
@@ -140,15 +141,9 @@ def _notes(run: RunConfig, predictor: Predictor, levels: Sequence[LevelPlan]) ->
 
 
 def _print_levels(display: Display, levels: Sequence[LevelPlan], predictor: Predictor) -> None:
-    rows: list[list[Any]] = []
-    for number, level in enumerate(levels, start=1):
-        spec, cost = level.spec, level.cost
-        rows.append([f"level {number}", f"{spec.width_ratio:g}", spec.depth])
-        rows[-1] += [f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.macs / 1e6:,.1f} M"]
-        rows[-1] += [f"{cost.bytes_each_way / 1e6:.2f} MB"]
-        rows[-1].append(" ".join(f"{axis}={units}" for axis, units in spec.kept.items()))
-    columns = ["level", "width", "exits", "parameters", "trainable", "MACs/example", "up = down", "keeps"]
-    display.table("levels, a client and round", columns, rows)
+    display.table(
+        "levels, a client and round", *levels_and_costs((level.spec, level.cost) for level in levels)
+    )
     unit, name = _unit([level.round for level in levels])
     rows = []
     if predictor.features is not None:
@@ -178,10 +173,9 @@ def _print_clients(
 ) -> None:
     rows: list[list[Any]] = []
     for number, (budget, at) in enumerate(zip(budgets, assignment.client_levels, strict=True)):
-        level = assignment.levels[at - 1]
+        level, title = assignment.levels[at - 1], client_title(number, budget.client)
         seconds = seconds_per_round(budget, level, run, options)
-        called = f"client {number}" if budget.client == str(number) else f"client {number} ({budget.client})"
-        rows.append([called, at, f"{level.spec.width_ratio:g}", level.spec.depth])
+        rows.append([title, at, f"{level.spec.width_ratio:g}", level.spec.depth])
         rows[-1] += [shown(budget.memory), shown(level.need)]
         rows[-1].append(None if seconds is None else f"{seconds:,.1f}")
     columns = ["client", "level", "width", "exits", "has", "needs", "s/round"]
