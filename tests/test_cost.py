@@ -101,5 +101,6 @@ def test_the_table_of_levels_opens_a_run(tmp_path, capsys):
         millions = f"{macs(level, length, predicted) / 1e6:,.1f}"
         megabytes = f"{4 * parameters(level) / 1e6:.2f}"
         kept = KEPT[level]
-        assert row[2:10] == ["2", f"{level / 2:g}", str(level), count, count, millions, "M", megabytes]
+        assert row[2:10] == [f"{level / 2:g}", str(level), count, count, millions, "M", megabytes, "MB"]
         assert {f"ffn={kept['ffn']}", f"heads={kept['heads']}"} <= set(row)
+        assert row[-1] == "2"  # clients
