@@ -1,11 +1,13 @@
 """Atomic checkpoints: written to a temporary folder, fsynced, renamed; only safetensors and JSON.
 
-A folder `round-0007` is the state after round 7; `round-0008-part` is in the middle of round 8. Under
+A folder `round-0007` is the state after round 7; `round-0008-part` is in the middle of round 8, and
+`rank-0001-of-round-0008` what rank 1 had then, if ranks train clients of their own. Under
 `--tuning full` with a trained tower a folder is a Hugging Face model folder as well.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from scalefl.contracts import InputError, State
 
 RECORD = "checkpoint.json"
+RANK_RECORD = "clients.json"
 WEIGHTS = "model.safetensors"
 SUMS = "sums.safetensors"
 FORMAT = 2
@@ -61,10 +64,8 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
     `write_config` adds what makes the weights loadable. A failure (a full disk, a signal) leaves earlier
     checkpoints as they were and nothing half-written.
     """
-    target, temporary = folder / progress.folder_name, folder / f".{progress.folder_name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+
+    def write(temporary: Path) -> None:
         save_file(_contiguous(progress.state), temporary / WEIGHTS, metadata={"format": "pt"})
         record: dict[str, Any] = {
             "format": FORMAT,
@@ -75,13 +76,63 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
         }
         if progress.partial is not None:
             record["clients"] = progress.partial.clients
-            sums = {f"{kind}/{n}": t for kind, part in progress.partial.sums.items() for n, t in part.items()}
-            save_file(_contiguous(sums), temporary / SUMS)
+            _save_sums(progress.partial.sums, temporary)
         write_config(temporary)
         (temporary / RECORD).write_text(json.dumps(record, indent=1))
+
+    target = _replace(folder / progress.folder_name, write)
+    _prune(folder, progress, keep_last)
+    return target
+
+
+def save_rank_part(folder: Path, round: int, rank: int, partial: Partial) -> None:
+    """Write what a rank has of a round in which every rank trains clients of its own."""
+
+    def write(temporary: Path) -> None:
+        _save_sums(partial.sums, temporary)
+        (temporary / RANK_RECORD).write_text(json.dumps(partial.clients))
+
+    _replace(folder / f"rank-{rank:04d}-of-round-{round:04d}", write)
+
+
+def rank_parts(folder: Path, progress: Progress) -> list[Path]:
+    """What ranks left of the round after `progress`, and is there in whole."""
+    found = sorted(folder.glob(f"rank-*-of-round-{progress.round + 1:04d}"))
+    return [path for path in found if (path / RANK_RECORD).is_file()]
+
+
+def with_rank_parts(folder: Path, progress: Progress) -> Progress:
+    """The progress and what other ranks had of its round, unless it is in there already."""
+    for path in rank_parts(folder, progress):
+        clients = json.loads((path / RANK_RECORD).read_text(encoding="utf-8"))
+        partial = progress.partial or Partial(sums={}, clients=[])
+        known = {record["client"] for record in partial.clients}
+        if known.isdisjoint(record["client"] for record in clients):
+            sums = {kind: dict(part) for kind, part in partial.sums.items()}
+            for kind, part in _load_sums(path).items():
+                of_kind = sums.setdefault(kind, {})
+                for name, tensor in part.items():
+                    of_kind[name] = of_kind[name] + tensor if name in of_kind else tensor
+            partial = Partial(sums=sums, clients=[*partial.clients, *clients])
+            progress = dataclasses.replace(progress, partial=partial)
+    return progress
+
+
+def drop_rank_parts(folder: Path) -> None:
+    for path in folder.glob("rank-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder, and put it in the place of `target` once it is on disk."""
+    folder, temporary = target.parent, target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
         _fsync_tree(temporary)
         if target.exists():  # a mid-round checkpoint replaces the round's earlier one
-            stale = folder / f".{progress.folder_name}.old"
+            stale = target.with_name(f".{target.name}.old")
             shutil.rmtree(stale, ignore_errors=True)
             target.rename(stale)
         temporary.rename(target)
@@ -91,8 +142,21 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
         if (number := os_error_number(error)) is not None:
             raise OSError(number, os.strerror(number), str(target)) from error
         raise
-    _prune(folder, progress, keep_last)
+    shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)
     return target
+
+
+def _save_sums(sums: Mapping[str, State], folder: Path) -> None:
+    flat = {f"{kind}/{name}": tensor for kind, part in sums.items() for name, tensor in part.items()}
+    save_file(_contiguous(flat), folder / SUMS)
+
+
+def _load_sums(folder: Path) -> dict[str, State]:
+    sums: dict[str, State] = {}
+    for key, tensor in _load_tensors(folder / SUMS).items():
+        kind, _, name = key.partition("/")
+        sums.setdefault(kind, {})[name] = tensor
+    return sums
 
 
 def latest(folder: Path) -> Path | None:
@@ -112,11 +176,7 @@ def load(path: Path) -> Progress:
         state = _load_tensors(path / WEIGHTS)
         partial = None
         if record["clients"] is not None:
-            sums: dict[str, State] = {}
-            for key, tensor in _load_tensors(path / SUMS).items():
-                kind, _, name = key.partition("/")
-                sums.setdefault(kind, {})[name] = tensor
-            partial = Partial(sums=sums, clients=record["clients"])
+            partial = Partial(sums=_load_sums(path), clients=record["clients"])
         return Progress(
             state=state,
             partial=partial,
@@ -159,7 +219,7 @@ def _prune(folder: Path, progress: Progress, keep_last: int) -> None:
     whole = [p for p in folder.glob("round-*") if p.name != best and not p.name.endswith("-part")]
     surplus = sorted(whole, key=_age)[:-keep_last]
     if progress.partial is None:
-        surplus += folder.glob("round-*-part")
+        surplus += [*folder.glob("round-*-part"), *folder.glob("rank-*")]
     surplus += folder.glob(".round-*")
     for path in surplus:
         shutil.rmtree(path, ignore_errors=True)

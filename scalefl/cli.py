@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from scalefl.config.flags import parse
 from scalefl.config.resolve import resolve
-from scalefl.contracts import InputError, Interrupted
+from scalefl.contracts import InputError, Interrupted, Unfinished
 
 EXIT_BAD_INPUT = 2
 EXIT_SIGNAL = 128
@@ -61,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _speaks():
             print(f"scalefl: {stop}; go on with `scalefl train --resume {save_path}`.", file=sys.stderr)
         return EXIT_SIGNAL + stop.signum
+    except Unfinished as stop:
+        from scalefl.engine.watchdog import EXIT_UNFINISHED, unfinished
+
+        if _speaks():
+            print(unfinished(str(stop), save_path), file=sys.stderr)
+        return EXIT_UNFINISHED
     except KeyboardInterrupt:
         return EXIT_CTRL_C
     return 0

@@ -104,6 +104,24 @@ class ClientUpdate:
     num_examples: int
     metrics: Mapping[str, float]
     """`loss` (mean training loss per answer token), `steps`, `seconds`."""
+    batches: str = ""
+    """Digest of which examples it trained on, in their order and in their steps."""
+    failures: tuple[str, ...] = ()
+    """Why earlier attempts at the same task failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientFailure:
+    """A client that is left out of a round: no attempt gave an update."""
+
+    client: int
+    level: int
+    num_examples: int
+    failures: tuple[str, ...]
+    """Why each attempt failed."""
+
+
+Outcome = ClientUpdate | ClientFailure
 
 
 class Interrupted(Exception):  # noqa: N818  # a request, not an error
@@ -114,11 +132,17 @@ class Interrupted(Exception):  # noqa: N818  # a request, not an error
         self.signum = signum
 
 
+class Unfinished(Exception):  # noqa: N818  # what happened, not whose fault
+    """The run stops before its end, at a state on disk from which it can be resumed."""
+
+
 class Aggregator(Protocol):
     """A streaming merge of one round's updates into the global trainable state."""
 
     sums: dict[str, State]
-    """All it has gathered so far, by kind: a checkpoint in mid-round saves and restores it."""
+    """All it has gathered so far, by kind: a checkpoint in mid-round saves and restores it, and those of
+    several ranks are added up.
+    """
 
     def add(self, update: ClientUpdate) -> None: ...
 
@@ -128,6 +152,11 @@ class Aggregator(Protocol):
 class Executor(Protocol):
     """Where and in which order the clients of a round train."""
 
-    def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[ClientUpdate]:
-        """Each task's update as soon as it is there, in an order that the tasks alone decide."""
+    splits: bool
+    """Whether every rank yields outcomes of its own; else all ranks yield the same ones, with deltas on
+    rank 0 alone.
+    """
+
+    def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[Outcome]:
+        """Each task's outcome, one at a time, in an order that the tasks and the launch alone decide."""
         ...

@@ -10,7 +10,10 @@ REGISTRY: dict[str, dict[str, str]] = {
     "arch": {"MiniGPTv2": "scalefl.models.minigptv2:FAMILY"},
     "data": {"kneexray": "scalefl.data.kneexray:load", "synthetic": "scalefl.data.synthetic:load"},
     "aggregation": {"coverage_mean": "scalefl.aggregation.coverage_mean:CoverageMean"},
-    "executor": {"sequential": "scalefl.federation.sequential:Sequential"},
+    "executor": {
+        "sequential": "scalefl.federation.sequential:Sequential",
+        "parallel": "scalefl.federation.parallel:Parallel",
+    },
 }
 
 

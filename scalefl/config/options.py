@@ -156,7 +156,16 @@ class FederationOptions:
     weighting: Literal["examples", "uniform"] = "examples"
     """What a client weighs in the merge."""
     executor: str = "sequential"
-    """What runs the clients of a round: sequential, or package.module:Name of your own."""
+    """What runs the clients of a round: all processes one client at a time (sequential), each process clients
+    of its own (parallel), launched processes (jobs), or package.module:Name of your own."""
+    client_retries: int = 1
+    """Further attempts at a client whose training failed; after an out-of-memory error with half of
+    micro_batch_size."""
+    min_clients: int = 1
+    """Clients that must deliver in a round; with fewer the run stops, to be resumed."""
+    client_timeout: float | None = None
+    """Seconds that a client may train in a round. Under jobs it is left out then; else the run stops, to be
+    resumed."""
     seed: int = 0
     """Seed of every random draw."""
 

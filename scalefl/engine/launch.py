@@ -6,7 +6,8 @@ import contextlib
 import gc
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,14 +18,24 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from torch import Tensor, nn
 
 from scalefl.config.options import RunConfig
-from scalefl.contracts import InputError, State
+from scalefl.contracts import InputError, State, Unfinished
+from scalefl.engine.board import Board
 from scalefl.engine.optimizers import check_optimizer
-from scalefl.engine.session import Session, hide_frozen
+from scalefl.engine.session import OneProcess, Session, hide_frozen
+from scalefl.engine.watchdog import Watchdog
 
 KIB = 1024
 
-PROCESS_TIMEOUT = timedelta(hours=2)
-"""How long a process waits for the others: longer than one of them takes to read or quantise a base."""
+LOOK_SECONDS = 0.25
+"""Between two looks at what other ranks say, of a rank that trains a client of its own."""
+
+PROCESS_TIMEOUT = timedelta(days=7)
+"""How long a process waits for the others in a collective: longer than any round. The watchdog sees sooner
+that one is gone.
+"""
+
+PATIENCE_SECONDS = 30.0
+"""From one rank's failed client to the other ranks' word on it: if they hang, they wait for that rank."""
 
 
 class Engine:
@@ -60,6 +71,15 @@ class Engine:
         on_gpus = self.num_processes > 1 and self.device.type == "cuda"
         self._host_group = torch.distributed.new_group(backend="gloo") if on_gpus else None
         self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
+        self.board = self._open_board()
+        self.watchdog = Watchdog(self.board, self.rank, run.client_timeout, run.save_path)
+
+    def _open_board(self) -> Board | None:
+        if self.num_processes == 1:
+            return None
+        board = Board(0, self.num_processes) if self.is_main else None
+        ports = gather_object([board.port if board is not None else 0])
+        return board or Board(self.rank, self.num_processes, ports[0])
 
     def _check_launch(self, precision: str, run_precision: str) -> None:
         """What was launched must be what runs: a wrong launch trains on silently."""
@@ -203,6 +223,57 @@ class Engine:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._host_group)
         return int(values.item())
 
+    def sum_to_main(self, sums: dict[str, State]) -> dict[str, State]:
+        """The sums of all ranks, on rank 0; empty on the others. What a rank lacks is zero there.
+
+        One tensor at a time, in place; the ranks' own sums are gone afterwards.
+        """
+        if self.num_processes == 1:
+            return sums
+        mine = {(kind, name): tensor for kind, part in sums.items() for name, tensor in part.items()}
+        found = gather_object([(key, tuple(tensor.shape), tensor.dtype) for key, tensor in mine.items()])
+        total: dict[str, State] = {}
+        for (kind, name), shape, dtype in sorted(set(found), key=lambda each: each[0]):
+            tensor = mine.pop((kind, name), None)
+            tensor = torch.zeros(shape, dtype=dtype) if tensor is None else tensor
+            torch.distributed.reduce(tensor, dst=0, group=self._host_group)
+            if self.is_main:
+                total.setdefault(kind, {})[name] = tensor
+            elif kind in sums:
+                sums[kind].pop(name, None)  # it holds parts of others' sums by now
+        return total
+
+    def agree(self, problem: str | None) -> str | None:
+        """What went wrong with the client that all ranks train, on any of them; the first by rank.
+
+        Raises Unfinished when the others cannot say, since they wait for this rank in a collective.
+        """
+        if self.board is None:
+            return problem
+        patience = None if problem is None else PATIENCE_SECONDS
+        try:
+            words = self.board.meet(problem, lambda: None, patience)
+        except Unfinished:
+            if problem is None:
+                raise
+            self.board.give_up(problem)
+            raise Unfinished(problem) from None
+        return next((word for word in words if word is not None), None)
+
+    def meet(self, poll: Callable[[], None]) -> None:
+        """Wait until every rank is here, not in a collective: `poll` may raise meanwhile."""
+        if self.board is not None:
+            self.board.meet("here", poll)
+
+    def alone(self) -> Alone:
+        """This rank as an engine of its own, for clients that no other rank trains."""
+        if self._zero is not None:
+            raise InputError(
+                "--executor: got parallel under DeepSpeed, whose ranks train each client together; expected "
+                "--executor sequential, or a launch without DeepSpeed, such as accelerate_configs/ddp.yaml."
+            )
+        return Alone(self)
+
     def start_trackers(self, config: Mapping[str, Any]) -> None:
         """Trackers named by `--report-to`; a tracker that is not installed is an InputError."""
         try:
@@ -217,7 +288,41 @@ class Engine:
         self._accelerator.log(dict(values), step=step)
 
     def finish(self) -> None:
+        self.watchdog.stop()
         self._accelerator.end_training()
+
+
+class Alone:
+    """One rank of a launch as an engine of one process: what it does, the other ranks do not see."""
+
+    num_processes, rank, is_main = 1, 0, True
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.device, self.watchdog = engine, engine.device, engine.watchdog
+        self._looked = 0.0
+
+    def place(self, parameter: nn.Parameter) -> None:
+        """Parameters stay as they are read."""
+
+    def session(self, model: nn.Module, run: RunConfig) -> Session:
+        return Session(OneProcess(self._engine.autocast), model, run)
+
+    def agree(self, problem: str | None) -> str | None:
+        return problem
+
+    def largest(self, value: int) -> int:
+        """The signal that this rank got, or another one some time ago; raises Unfinished if one gave up."""
+        board, now = self._engine.board, time.monotonic()
+        if board is None:
+            return value
+        if value:
+            board.ask_to_stop(value)
+        elif now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            if (cause := board.given_up()) is not None:
+                raise Unfinished(cause)
+            value = board.stop_asked()
+        return value
 
 
 def _asks_for_deepspeed() -> bool:

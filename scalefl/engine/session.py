@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,46 @@ from scalefl.contracts import State
 from scalefl.engine.optimizers import forget, make_optimizer
 
 
+class OneProcess:
+    """What a session asks of an accelerator, for a rank that trains clients of its own."""
+
+    num_processes = 1
+    is_main_process = True
+
+    def __init__(self, autocast: Callable[[], Any]) -> None:
+        self.autocast = autocast
+
+    def prepare(self, *parts: Any) -> tuple[Any, ...]:
+        return parts
+
+    def no_sync(self, model: nn.Module) -> Any:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def reduce(self, values: Tensor, reduction: str) -> Tensor:
+        return values
+
+    def free_memory(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 class Session:
     """One process, or one of several under DDP."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, run: RunConfig) -> None:
+    def __init__(self, accelerator: Accelerator | OneProcess, model: nn.Module, run: RunConfig) -> None:
         self._accelerator, self._run = accelerator, run
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = make_optimizer(self._trainable.values(), run)
         self._model: Any
         self._optimizer: Any
-        self._model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._own_optimizer: Any = make_optimizer(self._trainable.values(), run)
+        self._model, self._optimizer = accelerator.prepare(model, self._own_optimizer)
         self._model.train()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -33,7 +64,7 @@ class Session:
             for name, parameter in self._trainable.items():
                 parameter.copy_(state[name])
         self._optimizer.zero_grad(set_to_none=True)
-        forget(self._optimizer.optimizer)
+        forget(self._own_optimizer)
 
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], denominator: int, lr: float) -> None:
         """One optimizer step over this rank's micro-batches.
@@ -76,8 +107,8 @@ class Session:
 
     def close(self) -> None:
         """Let go of everything: prepared models sit in reference cycles, which `free_memory` collects."""
-        forget(self._optimizer.optimizer)
-        self._trainable, self._model, self._optimizer = {}, None, None
+        forget(self._own_optimizer)
+        self._trainable, self._model, self._optimizer, self._own_optimizer = {}, None, None, None
         self._accelerator.free_memory()
 
 

@@ -220,5 +220,5 @@ class ZeroSession(Session):
 
     def close(self) -> None:
         forget(self._optimizer.optimizer.optimizer)
-        self._trainable, self._model, self._optimizer = {}, None, None
+        self._trainable, self._model, self._optimizer, self._own_optimizer = {}, None, None, None
         release(self._accelerator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from scalefl.batches import Batch, Batcher, Ids, draw_shifts, step_order
 from scalefl.config.derived import micro_batch_size
 from scalefl.config.options import RunConfig
 from scalefl.contracts import ClientTask, ClientUpdate
-from scalefl.engine.launch import Engine
+from scalefl.engine.launch import Alone, Engine
 from scalefl.engine.session import Session
 from scalefl.objective import answer_prior_adjustment, exit_losses
 from scalefl.seeding import derive, numpy_rng
@@ -26,13 +27,13 @@ class ClientTrainer:
     """What stays the same for every client of a run."""
 
     run: RunConfig
-    engine: Engine
+    engine: Engine | Alone
     batcher: Batcher
     answer_ids: tuple[tuple[int, ...], ...] | None
     """The closed answer set as token ids; None where answers are open or logits are not adjusted."""
     vocab_size: int
-    check_stop: Callable[[], None]
-    """Called before every step by all ranks; raises if the run is to stop."""
+    check_stop: Callable[[Engine | Alone], None]
+    """Called before every step by all ranks of the engine; raises if the run is to stop."""
     on_step: Callable[[ClientTask, int, int, float], None]
     """(task, step, steps, mean loss of the last steps read) after every step."""
 
@@ -61,7 +62,7 @@ class ClientTrainer:
         with torch.random.fork_rng(devices=[self.engine.device] if self.engine.device.type == "cuda" else []):
             torch.manual_seed(derive(run.seed, "dropout", round=task.round, client=task.client))
             for number, ids in enumerate(steps, start=1):
-                self.check_stop()
+                self.check_stop(self.engine)
                 step_shifts = None if shifts is None else shifts[seen : seen + len(ids)]
                 step_tokens = self.batcher.num_answer_tokens(ids)
                 losses = [objective.bind(batch) for batch in self._micro_batches(ids, step_shifts)]
@@ -78,7 +79,16 @@ class ClientTrainer:
                 "steps": len(steps),
                 "seconds": time.perf_counter() - started,
             },
+            batches=self._digest(steps),
         )
+
+    def _digest(self, steps: Sequence[Ids]) -> str:
+        """Of the images and questions of every step, in their order."""
+        found = hashlib.blake2b(digest_size=8)
+        for ids in steps:
+            shown = [(self.batcher.examples[i].image_key, self.batcher.examples[i].question) for i in ids]
+            found.update(repr(shown).encode())
+        return found.hexdigest()
 
     def _micro_batches(self, ids: Ids, shifts: np.ndarray | None) -> list[Batch]:
         """This rank's share of a step, as many micro-batches on every rank; surplus ones predict nothing."""

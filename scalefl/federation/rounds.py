@@ -15,7 +15,16 @@ from scalefl import checkpoint
 from scalefl.checkpoint import Partial, Progress
 from scalefl.config.options import RunConfig
 from scalefl.console import Display
-from scalefl.contracts import Aggregator, ClientTask, ClientUpdate, Executor, Interrupted, State
+from scalefl.contracts import (
+    Aggregator,
+    ClientTask,
+    ClientUpdate,
+    Executor,
+    Interrupted,
+    Outcome,
+    State,
+    Unfinished,
+)
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.records import RunFolder
 from scalefl.federation.setup import Federation
@@ -55,26 +64,27 @@ class RoundLoop:
         plans = {level: part.trainable_plan for level, part in store.models.slices.items()}
         merge: Aggregator = self._aggregation(before.state, plans, self._run.weighting)
         clients: list[dict[str, Any]] = []
-        if before.partial is not None:
+        finished = set() if before.partial is None else {c["client"] for c in before.partial.clients}
+        if before.partial is not None and (self._engine.is_main or not self._executor.splits):
             merge.sums, clients = before.partial.sums, list(before.partial.clients)
-        finished = {record["client"] for record in clients}
         self._clients_done = len(finished)
         self._display.round_starts(number, self._run.num_rounds, len(tasks))
         saved_at = time.monotonic()
         try:
-            for update in self._executor.train(
-                [t for t in tasks if t.client not in finished], before.state, lr
-            ):
-                clients.append(self._merge(merge, update))
-                self._clients_done = len(clients)
-                del update  # else it stays in memory while the next client trains
+            todo = [task for task in tasks if task.client not in finished]
+            for outcome in self._executor.train(todo, before.state, lr):
+                clients.append(self._take(merge, outcome))
+                self._clients_done += 1
+                del outcome  # else it stays in memory while the next client trains
                 if time.monotonic() - saved_at > self._run.save_every_seconds:
-                    self._save(dataclasses.replace(before, partial=Partial(sums=merge.sums, clients=clients)))
+                    self._save_part(before, merge, clients)
                     saved_at = time.monotonic()
+            clients = self._gather(merge, clients)
+            self._check_delivered(number, clients)
             state = self._merged(merge, before.state)
             evaluation = self._evaluate(number, state)
-        except Interrupted:
-            self._save(dataclasses.replace(before, partial=Partial(sums=merge.sums, clients=clients)))
+        except (Interrupted, Unfinished):
+            self._save_part(before, merge, clients)
             raise
         finally:
             self._display.stop()
@@ -89,23 +99,41 @@ class RoundLoop:
         self._save(after)
         return after
 
-    def _merge(self, merge: Aggregator, update: ClientUpdate) -> dict[str, Any]:
-        """Add an update to the sums unless it holds a value that is not finite; the client's record."""
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in update.delta.values())
-        if not finite:
-            log.warning(
-                "client %d (level %d): update is not finite and was dropped", update.client, update.level
-            )
-        elif self._engine.is_main:
-            merge.add(update)
-        return {
-            "client": update.client,
-            "level": update.level,
-            "examples": update.num_examples,
-            "dropped": not finite,
-            # JSON has no NaN, which a client that diverged reports as its loss.
-            **{name: value if math.isfinite(value) else None for name, value in update.metrics.items()},
+    def _take(self, merge: Aggregator, outcome: Outcome) -> dict[str, Any]:
+        """Add an update to the sums of the rank that has it; the client's record."""
+        record = {
+            "client": outcome.client,
+            "level": outcome.level,
+            "examples": outcome.num_examples,
+            "delivered": isinstance(outcome, ClientUpdate),
+            "failures": list(outcome.failures),
         }
+        if isinstance(outcome, ClientUpdate):
+            if outcome.delta:
+                merge.add(outcome)
+            # JSON has no NaN, which a client that diverged reports as its loss.
+            metrics = {n: value if math.isfinite(value) else None for n, value in outcome.metrics.items()}
+            record |= {"batches": outcome.batches, **metrics}
+        return record
+
+    def _gather(self, merge: Aggregator, clients: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Where ranks trained clients of their own: rank 0 gets all sums, every rank all records."""
+        if not self._executor.splits:
+            return clients
+        self._engine.meet(lambda: self._stop.check(self._engine.alone()))
+        merge.sums = self._engine.sum_to_main(merge.sums)
+        return sorted(self._engine.gather(clients), key=lambda record: record["client"])
+
+    def _check_delivered(self, number: int, clients: list[dict[str, Any]]) -> None:
+        """Raise Unfinished where too few delivered; those that failed are forgotten, to be tried again."""
+        delivered = [record for record in clients if record["delivered"]]
+        if len(delivered) < self._run.min_clients:
+            failures = [text for record in clients for text in record["failures"]]
+            clients[:] = delivered
+            raise Unfinished(
+                f"round {number}: {len(delivered)} client(s) delivered, --min_clients is "
+                f"{self._run.min_clients}; the last failure: {failures[-1] if failures else 'none'}"
+            )
 
     def _merged(self, merge: Aggregator, before: State) -> State:
         """Rank 0 merges, every rank gets the result."""
@@ -132,9 +160,9 @@ class RoundLoop:
     def _record(
         self, number: int, lr: float, clients: list[dict[str, Any]], evaluation: Any, seconds: float
     ) -> dict[str, Any]:
-        kept = [c for c in clients if not c["dropped"]]
+        kept = [c for c in clients if c["delivered"]]
         if not kept:
-            log.warning("round %d: every update was dropped; the model stays as it was", number)
+            log.warning("round %d: no client delivered; the model stays as it was", number)
         losses = [(c["loss"], c["examples"]) for c in kept if c["loss"] is not None]
         slice_bytes = {
             level: self._fed.store.models.slice_bytes(level) for level in self._fed.store.models.slices
@@ -143,9 +171,9 @@ class RoundLoop:
             "round": number,
             "lr": lr,
             "train_loss": sum(loss * n for loss, n in losses) / sum(n for _, n in losses) if losses else None,
-            "dropped": len(clients) - len(kept),
+            "left_out": len(clients) - len(kept),
             "bytes_down": sum(slice_bytes[c["level"]] for c in clients),
-            "bytes_up": sum(slice_bytes[c["level"]] for c in clients),
+            "bytes_up": sum(slice_bytes[c["level"]] for c in kept),
             "seconds": seconds,
             "peak_memory_bytes": self._engine.peak_memory(),
             "clients": clients,
@@ -162,6 +190,14 @@ class RoundLoop:
                     if value is not None
                 }
         self._engine.log(values, step=record["round"])
+
+    def _save_part(self, before: Progress, merge: Aggregator, clients: list[dict[str, Any]]) -> None:
+        """The middle of a round: rank 0's part of it, or of ranks with clients of their own each one's."""
+        partial = Partial(sums=merge.sums, clients=clients)
+        if self._engine.is_main:
+            self._save(dataclasses.replace(before, partial=partial))
+        elif self._executor.splits and merge.sums:
+            checkpoint.save_rank_part(self._folder.checkpoints, before.round + 1, self._engine.rank, partial)
 
     def _save(self, progress: Progress) -> None:
         if self._engine.is_main:
@@ -210,4 +246,4 @@ def _round_line(record: dict[str, Any], num_rounds: int) -> str:
     text += f"peak {record['peak_memory_bytes'] / 1e9:.1f} GB  loss {loss}"
     if record["evaluation"] is not None:
         text += f"  {record['evaluation']['split']} by level: {summary(record['evaluation']['levels'])}"
-    return text + (f"  {record['dropped']} updates dropped" if record["dropped"] else "")
+    return text + (f"  {record['left_out']} left out" if record["left_out"] else "")

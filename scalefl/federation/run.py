@@ -36,7 +36,9 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     if run.evaluate_from is not None:
         return evaluate(run, model_file)
     earlier = _earlier_checkpoint(run)
-    progress = checkpoint.load(earlier) if earlier is not None else None
+    progress = None
+    if earlier is not None:
+        progress = checkpoint.with_rank_parts(earlier.parent, checkpoint.load(earlier))
     federation = build(run, model_file, processor_from=str(earlier) if earlier is not None else None)
     engine = federation.engine
     _check_agreement(run, progress, engine)
@@ -49,6 +51,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         check_same_parameters(progress.state, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     federation = dataclasses.replace(federation, initial_state={})  # else it outlives the first round
+    _settle_rank_parts(federation, folder, progress)
     results = folder.read_results()
     if results is not None and results["rounds"] == progress.round >= run.num_rounds:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
@@ -104,6 +107,16 @@ def _earlier_checkpoint(run: RunConfig) -> Path | None:
             "expected --resume to go on with it, or another --save_path."
         )
     return path
+
+
+def _settle_rank_parts(federation: Federation, folder: RunFolder, progress: Progress) -> None:
+    """What ranks of the run before had of a round becomes one checkpoint: there may be other ranks now."""
+    if federation.engine.is_main and checkpoint.rank_parts(folder.checkpoints, progress):
+        if progress.partial is not None:
+            keep = federation.run.keep_last
+            checkpoint.save(folder.checkpoints, progress, keep, federation.write_config)
+        checkpoint.drop_rank_parts(folder.checkpoints)
+    federation.engine.barrier()
 
 
 def _check_agreement(run: RunConfig, progress: Progress | None, engine: Engine) -> None:

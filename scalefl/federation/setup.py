@@ -124,7 +124,8 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
 
 def _check_launch(run: RunConfig, engine: Engine) -> None:
     """Refuse what this launch cannot do before data is read."""
-    micro_batch_size(run, engine.num_processes)
+    ranks_apart = resolve("executor", run.executor).splits
+    micro_batch_size(run, 1 if ranks_apart else engine.num_processes)
     holds_whole_base(run, engine.shards_weights)
     check_attention(run, engine.device.type, is_flash_attn_2_available())
     check_quantisation(run, engine.device)

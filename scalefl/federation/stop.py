@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from scalefl.contracts import Interrupted
-from scalefl.engine.launch import Engine
+from scalefl.engine.launch import Alone, Engine
 
 
 class StopSignal:
@@ -31,8 +31,13 @@ class StopSignal:
         if self._received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._received = number
+        self._engine.watchdog.signalled(number)
 
-    def check(self) -> None:
-        """Raise Interrupted on every rank if any rank got a signal: all ranks must leave at the same step."""
-        if signum := self._engine.largest(self._received or 0):
+    def check(self, engine: Engine | Alone | None = None) -> None:
+        """Raise Interrupted on every rank if any rank got a signal.
+
+        With the launch's engine all ranks must call it, and leave at the same step; with a rank's own each
+        leaves at a step of its own.
+        """
+        if signum := (engine or self._engine).largest(self._received or 0):
             raise Interrupted(signum)

@@ -1,0 +1,93 @@
+"""What the ranks of a launch tell each other outside of collectives, which a rank that failed never reaches.
+
+A key-value store on rank 0: requests to stop, the news that a rank cannot go on, and votes on what happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from scalefl.contracts import Unfinished
+
+POLL_SECONDS = 0.02
+STORE_TIMEOUT = timedelta(seconds=60)
+
+
+class Board:
+    """One rank's access to the board."""
+
+    def __init__(self, rank: int, num_ranks: int, port: int = 0) -> None:
+        """Rank 0 opens it, at a free port; the others then name that one."""
+        self._rank, self.num_ranks = rank, num_ranks
+        self._store = _connect(port, opens=rank == 0 and port == 0)
+        self._meetings = 0
+
+    @property
+    def port(self) -> int:
+        return int(self._store.port)
+
+    def again(self) -> Board:
+        """Another connection, for another thread."""
+        return Board(self._rank, self.num_ranks, self.port)
+
+    def ask_to_stop(self, signum: int) -> None:
+        self._write("stop", signum)
+
+    def stop_asked(self) -> int:
+        """The signal that some rank got, or 0."""
+        return int(self._read("stop") or 0)
+
+    def give_up(self, cause: str) -> None:
+        """Say that this rank cannot go on, and why; the first cause stays."""
+        if self.given_up() is None:
+            self._write("given up", f"rank {self._rank}: {cause}")
+
+    def given_up(self) -> str | None:
+        """Why some rank cannot go on."""
+        return self._read("given up")
+
+    def meet(self, word: Any, poll: Callable[[], None], patience: float | None = None) -> list[Any]:
+        """Every rank's word (JSON), in rank order, once all have said theirs; all ranks meet equally often.
+
+        `poll` is called while waiting. Raises Unfinished when a rank has given up, or after `patience`
+        seconds.
+        """
+        self._meetings += 1
+        self._write(f"meeting {self._meetings}/{self._rank}", word)
+        keys = [f"meeting {self._meetings}/{rank}" for rank in range(self.num_ranks)]
+        started = time.monotonic()
+        while not self._store.check(keys):
+            poll()
+            if (cause := self.given_up()) is not None:
+                raise Unfinished(cause)
+            if patience is not None and time.monotonic() - started > patience:
+                missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+                raise Unfinished(f"rank(s) {missing} did not answer within {patience:.0f} s")
+            time.sleep(POLL_SECONDS)
+        words = [self._read(key) for key in keys]
+        if self._meetings > 1:  # everybody is at this meeting, so has read the one before
+            self._store.delete_key(f"meeting {self._meetings - 1}/{self._rank}")
+        return words
+
+    def _write(self, key: str, value: Any) -> None:
+        self._store.set(key, json.dumps(value))
+
+    def _read(self, key: str) -> Any:
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+
+def _connect(port: int, *, opens: bool) -> Any:
+    return torch.distributed.TCPStore(
+        host_name=os.environ["MASTER_ADDR"],
+        port=port,
+        is_master=opens,
+        wait_for_workers=False,
+        timeout=STORE_TIMEOUT,
+    )
