@@ -245,7 +245,7 @@ def trainer_of(federation: Federation) -> ClientTrainer:
         batcher=federation.batchers["train"],
         answer_ids=None,
         vocab_size=federation.store.models.vocab_size,
-        check_stop=lambda: None,
+        check_stop=lambda engine: None,
         on_step=lambda *_: None,
     )
 

@@ -95,7 +95,8 @@ def _speaks() -> bool:
 
 def _log_to_stderr() -> None:
     logger = logging.getLogger("scalefl")
-    logger.setLevel(logging.INFO if _speaks() else logging.ERROR)
+    level = logging.DEBUG if os.environ.get("SCALEFL_DEBUG") else logging.INFO
+    logger.setLevel(level if _speaks() else logging.ERROR)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
 

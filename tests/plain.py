@@ -167,7 +167,7 @@ class OneClient:
             batcher=self.batcher,
             answer_ids=self.answers,
             vocab_size=self.fed.store.models.vocab_size,
-            check_stop=lambda: None,
+            check_stop=lambda engine: None,
             on_step=lambda *_: None,
         )
 

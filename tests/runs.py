@@ -115,7 +115,7 @@ def records(run_folder: Path, *, timings: bool = False) -> list[dict[str, Any]]:
         for record in rounds:
             del record["peak_memory_bytes"]
             for part in (record, *record["clients"]):
-                del part["seconds"]
+                part.pop("seconds", None)  # of a client that failed there is none
     return rounds
 
 

@@ -73,13 +73,18 @@ def spoil(monkeypatch, spoilt):
     monkeypatch.setattr(ClientTrainer, "train", broken)
 
 
-def test_an_update_that_is_not_finite_is_dropped_and_counted(tmp_path, monkeypatch, caplog):
+def test_an_update_that_is_not_finite_is_left_out_and_recorded(tmp_path, monkeypatch, caplog):
+    """After one more attempt."""
     spoil(monkeypatch, {1})
     run_folder = start(tmp_path, "--logit_adjustment", "off")
-    assert caplog.text.count("client 1 (level ") == 2
+    assert caplog.text.count("is left out of round") == 2
     for record in records(run_folder):
-        assert record["dropped"] == 1
-        assert [c["client"] for c in record["clients"] if c["dropped"]] == [1]
+        assert record["left_out"] == 1
+        (failed,) = [c for c in record["clients"] if not c["delivered"]]
+        assert failed["client"] == 1
+        assert len(failed["failures"]) == 2
+        assert all(text.startswith("update is not finite in ") for text in failed["failures"])
+        assert "loss" not in failed
         assert math.isfinite(record["train_loss"])
     fed = federation(tmp_path, logit_adjustment="off")
     tasks = sample_cohort(fed.run, 1, fed.clients, fed.client_levels)
@@ -90,14 +95,14 @@ def test_an_update_that_is_not_finite_is_dropped_and_counted(tmp_path, monkeypat
 
 def test_a_round_without_a_usable_update_leaves_the_model_as_it_was(tmp_path, monkeypatch, caplog):
     spoil(monkeypatch, {0, 1, 2, 3})
-    run_folder = start(tmp_path)
+    run_folder = start(tmp_path, min_clients=0)
     assert same_bits(state(run_folder, 2), federation(tmp_path).initial_state)
-    assert "round 1: every update was dropped; the model stays as it was" in caplog.text
-    assert [(r["dropped"], r["train_loss"]) for r in records(run_folder)] == [(4, None)] * 2
+    assert "round 1: no client delivered; the model stays as it was" in caplog.text
+    assert [(r["left_out"], r["train_loss"]) for r in records(run_folder)] == [(4, None)] * 2
 
 
 def test_training_that_diverges_is_survived(tmp_path):
-    run_folder = start(tmp_path, lr=1e30, momentum=0.0, max_grad_norm=None)
+    run_folder = start(tmp_path, lr=1e30, momentum=0.0, max_grad_norm=None, min_clients=0)
     assert all(bool(t.isfinite().all()) for t in state(run_folder, 2).values())
     assert len(records(run_folder)) == 2
 

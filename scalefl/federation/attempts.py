@@ -98,7 +98,10 @@ class Bench:
             if problem is None and update is not None:
                 return dataclasses.replace(update, failures=tuple(failures))
             failures.append(problem or "no update")
-            log.warning("%s, round %d, attempt %d: %s", name_of(task), task.round, attempt, failures[-1])
+            log.warning(
+                "%s, round %d, attempt %d of %d: %s",
+                *(name_of(task), task.round, attempt, trainer.run.client_retries + 1, failures[-1]),
+            )
             self._drop_session()
             if lacks_memory:
                 run = with_less_memory(trainer.run, trainer.engine.num_processes)
