@@ -19,7 +19,7 @@ from torch import Tensor
 from scalefl.contracts import ClientTask, ClientUpdate, State
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.sequential import Sequential
-from scalefl.models.store import Store
+from scalefl.federation.setup import Federation
 
 MIB = 1 << 20
 STEADY_MALLOC = {
@@ -122,10 +122,12 @@ class TimedSequential(Sequential):
     at_start: Callable[[], None] = gc.collect
     """Called when everything is built and the first round is to begin."""
 
-    def __init__(self, trainer: ClientTrainer, store: Store) -> None:
+    def __init__(self, trainer: ClientTrainer, federation: Federation) -> None:
         type(self).at_start()
-        self._check_stop, self._on_step, self._device = trainer.check_stop, trainer.on_step, store.device
-        super().__init__(dataclasses.replace(trainer, check_stop=self._starts, on_step=self._ends), store)
+        self._check_stop, self._on_step = trainer.check_stop, trainer.on_step
+        self._device = federation.store.device
+        timed = dataclasses.replace(trainer, check_stop=self._starts, on_step=self._ends)
+        super().__init__(timed, federation)
 
     def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[ClientUpdate]:
         times = RoundTimes()
@@ -141,8 +143,8 @@ class TimedSequential(Sequential):
             yield update
             del update  # else it lives on beside the next client's training
 
-    def _starts(self) -> None:
-        self._check_stop()
+    def _starts(self, engine: Any) -> None:
+        self._check_stop(engine)
         self._started = now(self._device)
 
     def _ends(self, task: ClientTask, step: int, steps: int, loss: float) -> None:

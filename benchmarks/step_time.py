@@ -166,7 +166,7 @@ class Turns:
         """A client trainer with a clock, which stands still during `before` and `after`."""
         started, number, seconds = 0.0, 0, self.seconds[name]
 
-        def starts() -> None:
+        def starts(_: Any) -> None:
             nonlocal started, number
             number += 1
             before(number)

@@ -85,7 +85,7 @@ class Batcher:
         features: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._processor, self.examples, self._pixels, self._device = processor, examples, pixels, device
-        self._features = features
+        self.features = features
         self._prompt = functools.cache(processor.encode_question)
         self._answer = functools.cache(processor.encode_answer)
 
@@ -183,11 +183,11 @@ class Batcher:
     def _images(self, ids: Ids, shifts: np.ndarray | None) -> dict[str, Tensor]:
         """The model's argument that holds the images."""
         keys = [self.examples[i].image_key for i in ids]
-        if self._features is not None:
+        if self.features is not None:
             if shifts is not None:
                 raise ValueError("augmentation moves pixels, but these batches hold features; turn one off.")
             with torch.autocast("cpu", enabled=False):  # to bf16 it refuses to stack rows of fp16
-                return {"image_features": torch.stack([self._features[key] for key in keys])}
+                return {"image_features": torch.stack([self.features[key] for key in keys])}
         images = [self._pixels[key] for key in keys]
         if shifts is not None:
             images = [_shifted(image, *row) for image, row in zip(images, shifts, strict=True)]

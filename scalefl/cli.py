@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
+        if command.client is not None:
+            from scalefl.federation.worker import work
+
+            work(command.client)
+            return 0
         run, model_file = resolve(command.flags, *command.config_files)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
         if command.name == "plan":
@@ -62,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"scalefl: {stop}; go on with `scalefl train --resume {save_path}`.", file=sys.stderr)
         return EXIT_SIGNAL + stop.signum
     except Unfinished as stop:
-        from scalefl.engine.watchdog import EXIT_UNFINISHED, unfinished
+        from scalefl.engine.watchdog import EXIT_UNFINISHED, to_resume, unfinished
 
         if _speaks():
-            print(unfinished(str(stop), save_path), file=sys.stderr)
+            print(unfinished(str(stop), to_resume(save_path)), file=sys.stderr)
         return EXIT_UNFINISHED
     except KeyboardInterrupt:
         return EXIT_CTRL_C

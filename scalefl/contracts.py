@@ -160,3 +160,7 @@ class Executor(Protocol):
     def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[Outcome]:
         """Each task's outcome, one at a time, in an order that the tasks and the launch alone decide."""
         ...
+
+    def end_round(self) -> None:
+        """The round that was trained is in a checkpoint: what it needed may go."""
+        ...

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scalefl.config.derived import feature_dtype
+from scalefl.config.derived import feature_dtype, features_in_files
 from scalefl.config.options import RunConfig
 from scalefl.contracts import Example, InputError
 from scalefl.engine.launch import Engine
@@ -99,11 +99,11 @@ def image_features(
     starts = range(0, len(distinct), DECODED_AT_ONCE)
     images = (image for at in starts for image in decode(distinct[at : at + DECODED_AT_ONCE]).items())
     features: Mapping[str, Tensor]
-    if run.feature_cache == "file":
+    if features_in_files(run):
         settings = family.vision_settings(store.models.config)
         settings |= {"precision": run.precision, "rows": FEATURE_BATCH}
         fingerprint = tower_fingerprint(json.dumps(settings, sort_keys=True), tower, weights)
-        folder = Path(run.feature_folder or Path(run.save_path) / "features")
+        folder = Path(run.feature_folder or Path(run.save_path) / "features").absolute()
         features = keep_in_files(images, tower, engine, folder, fingerprint)
     else:
         features = keep_in_memory(images, len(distinct), tower, engine)
@@ -141,6 +141,15 @@ class FeatureFiles(Mapping[str, Tensor]):
     def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
         """`places`: image key -> file and the row's name in it."""
         self._places = places
+
+    def write_index(self, path: Path) -> None:
+        """For `read_index`, in a process that must find the same rows without any image or tower."""
+        path.write_text(json.dumps({key: [str(file), row] for key, (file, row) in self._places.items()}))
+
+    @classmethod
+    def read_index(cls, path: Path) -> FeatureFiles:
+        places = json.loads(path.read_text(encoding="utf-8"))
+        return cls({key: (Path(file), row) for key, (file, row) in places.items()})
 
     def __getitem__(self, key: str) -> Tensor:
         path, name = self._places[key]

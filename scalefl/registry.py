@@ -13,6 +13,12 @@ REGISTRY: dict[str, dict[str, str]] = {
     "executor": {
         "sequential": "scalefl.federation.sequential:Sequential",
         "parallel": "scalefl.federation.parallel:Parallel",
+        "jobs": "scalefl.federation.jobs:Jobs",
+    },
+    "job_launcher": {
+        "local": "scalefl.federation.local:Local",
+        "slurm": "scalefl.federation.slurm:Slurm",
+        "manual": "scalefl.federation.manual:Manual",
     },
 }
 

@@ -26,6 +26,7 @@ def knee_run() -> Callable[..., Any]:
             "seed": 0,
             "num_patients": 40,
             "evaluate_from": None,
+            "data_here": "all",
         }
         return SimpleNamespace(**{**defaults, **{name: _plain(value) for name, value in changes.items()}})
 

@@ -18,7 +18,7 @@ def updates(folder, **options):
     """Of every client in round 1, by the sequential executor."""
     client = OneClient(folder, **options)
     tasks = sample_cohort(client.run, 1, client.fed.clients, client.fed.client_levels)
-    executor = Sequential(client.trainer, client.fed.store)
+    executor = Sequential(client.trainer, client.fed)
     return {u.client: u for u in executor.train(tasks, client.state, client.run.lr)}
 
 
@@ -47,10 +47,10 @@ def test_a_submodel_is_built_once_per_level_and_round(tmp_path, monkeypatch, tun
     built = []
     submodel = Store.submodel
 
-    def count(self, level, state, *, own, place=None):
+    def count(self, level, state, *, own, **settings):
         if own:
             built.append(level)
-        return submodel(self, level, state, own=own, place=place)
+        return submodel(self, level, state, own=own, **settings)
 
     monkeypatch.setattr(Store, "submodel", count)
     run_folder = start(tmp_path, num_clients=6, num_rounds=3, tuning=tuning)

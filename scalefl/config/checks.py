@@ -67,6 +67,13 @@ RANGES = {
     "horizontal_scale_ratios": COUNT,
     "client_levels": COUNT,
     "checkpointing_levels": COUNT,
+    "clients_per_job": COUNT,
+    "max_jobs": COUNT,
+    "client_flops": POSITIVE,
+    "client_bandwidth": POSITIVE,
+    "level_speeds": POSITIVE,
+    "round_deadline": POSITIVE,
+    "dropout_rate": FRACTION,
     "client_retries": NOT_NEGATIVE,
     "min_clients": NOT_NEGATIVE,
     "client_timeout": POSITIVE,
@@ -110,6 +117,8 @@ def problems(
         _quantisation(run),
         _features(run),
         _answers(run),
+        _executor(run, asked_for),
+        _simulation(run),
         _without_effect(run, asked_for),
     )
     return [
@@ -278,6 +287,56 @@ def _answers(run: RunConfig) -> Iterator[Finding]:
     if not run.answers or bare != set(run.answers) or len(bare) < len(run.answers):
         got = ", ".join(map(repr, run.answers)) or "none"
         yield ("answers",), f"got {got}; expected texts that differ, without blanks around them."
+
+
+def _executor(run: RunConfig, asked_for: Collection[str]) -> Iterator[Finding]:
+    of_jobs = ("job_launcher", "clients_per_job", "max_jobs", "level_resources", "dry_run")
+    for name in of_jobs:
+        if name in asked_for and getattr(run, name) not in (None, False) and run.executor != "jobs":
+            yield (name, "executor"), f"is of --executor jobs, which is {run.executor}; add it, or drop this."
+    if run.executor == "jobs" and run.base_store == "resident":
+        yield (
+            ("base_store", "executor"),
+            "got resident, but the processes of --executor jobs read their slices from files; "
+            "expected auto or file.",
+        )
+    if run.data_here == "held_out" and (run.executor, run.job_launcher) != ("jobs", "manual"):
+        yield (
+            ("data_here", "executor", "job_launcher"),
+            "got held_out: clients bring their own data; expected --executor jobs --job_launcher manual.",
+        )
+    if run.data_here == "held_out" and run.evalmode == "local":
+        yield (
+            ("data_here", "evalmode"),
+            "got held_out, but --evalmode local asks which client holds what; expected global.",
+        )
+    if run.min_clients > max(1, math.floor(run.sample_rate * run.num_clients + 0.5)):
+        yield (
+            ("min_clients", "num_clients", "sample_rate"),
+            f"got {run.min_clients}, more than train in a round; expected fewer.",
+        )
+
+
+def _simulation(run: RunConfig) -> Iterator[Finding]:
+    for name in ("client_flops", "client_bandwidth"):
+        if len(getattr(run, name)) not in (0, 1, run.num_clients):
+            yield (
+                (name, "num_clients"),
+                f"got {len(getattr(run, name))} numbers for {run.num_clients} clients; expected one for all, "
+                "or one for each.",
+            )
+    levels = len(run.vertical_scale_ratios)
+    if len(run.level_speeds) not in (0, levels):
+        yield (
+            ("level_speeds", "vertical_scale_ratios"),
+            f"got {len(run.level_speeds)} numbers for {levels} levels; expected one for each.",
+        )
+    for name in ("client_bandwidth", "level_speeds", "round_deadline"):
+        if getattr(run, name) and not run.client_flops:
+            yield (
+                (name, "client_flops"),
+                "is of the virtual clock, which needs --client_flops; add it, or drop this.",
+            )
 
 
 def _without_effect(run: RunConfig, asked_for: Collection[str]) -> Iterator[Finding]:

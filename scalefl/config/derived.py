@@ -42,6 +42,11 @@ def caches_features(run: RunConfig) -> bool:
     return run.feature_cache != "off" and bool(run.freeze_vit) and not moves_pixels
 
 
+def features_in_files(run: RunConfig) -> bool:
+    """Whether cached features are kept on disk: there clients in processes of their own find them."""
+    return run.feature_cache == "file" or (run.feature_cache == "auto" and run.executor == "jobs")
+
+
 def feature_dtype(run: RunConfig, tower_dtype: str) -> str:
     """What cached features are kept in: what the tower, held in `tower_dtype`, computes in."""
     if run.feature_dtype != "auto":
@@ -59,7 +64,8 @@ def holds_whole_base(run: RunConfig, shards_weights: bool) -> bool:
             "--base_store: got resident, but ZeRO-3 spreads weights over the processes as they are read "
             "from files; expected file or auto, or ZeRO-2."
         )
-    return run.base_store == "resident" or (run.base_store == "auto" and not shards_weights)
+    read_by_jobs = run.executor == "jobs"
+    return run.base_store == "resident" or (run.base_store == "auto" and not (shards_weights or read_by_jobs))
 
 
 def check_attention(run: RunConfig, device: str, has_package: bool = True) -> None:

@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from scalefl import __version__
-from scalefl.config import options, planoptions
+from scalefl.config import clientoptions, options, planoptions
+from scalefl.config.clientoptions import CLIENT_KINDS, ClientOptions, read_client_options
 from scalefl.config.options import GROUPS
 from scalefl.config.planoptions import PLAN_KINDS, PlanOptions, read_plan_options
 from scalefl.config.resolve import RESUME_SAVE_PATH
@@ -21,13 +22,15 @@ class Command:
     """What was typed, not yet resolved."""
 
     name: str
-    """train, evaluate or plan."""
+    """train, evaluate, plan or client."""
     config_files: tuple[str, ...]
     """The later of two wins."""
     flags: dict[str, Any]
     """Option -> text, list of texts, or a switch's bool; also unknown options, which `resolve` names."""
     plan: PlanOptions
     """What only `plan` takes."""
+    client: ClientOptions | None
+    """What `client` takes."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,17 +45,21 @@ def parse(argv: Sequence[str]) -> Command:
     typed, extra = _parser().parse_known_args([_underscored(argument) for argument in argv])
     flags = vars(typed)
     command, config_files = flags.pop("command"), tuple(flags.pop("config", ()))
-    plan = {name: flags.pop(name) for name in PLAN_KINDS if name in flags}
+    plan = {name: flags.pop(name) for name in PLAN_KINDS if command == "plan" and name in flags}
+    client = {name: flags.pop(name) for name in CLIENT_KINDS if command == "client" and name in flags}
     unknown = [argument.lstrip("-").partition("=")[0] for argument in extra if argument.startswith("-")]
     if extra and not unknown:
         raise InputError(
             f"got '{extra[0]}' after the options; expected --name value; see `scalefl {command} --help`."
         )
+    if command == "client" and unknown:
+        raise InputError(f"--{unknown[0]}: no option of `scalefl client`; see `scalefl client --help`.")
     return Command(
         name=command,
         config_files=config_files,
         flags={**flags, **dict.fromkeys(unknown)},
         plan=read_plan_options(plan),
+        client=read_client_options(client) if command == "client" else None,
     )
 
 
@@ -67,13 +74,15 @@ def _underscored(argument: str) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="scalefl", description="Federated fine-tuning of one model on machines that differ.")
     parser.add_argument("--version", action="version", version=f"scalefl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate|plan")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate|plan|client")
     settings: dict[str, Any] = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
     train = commands.add_parser("train", help="train, or resume a run", **settings)
     evaluate = commands.add_parser("evaluate", help="evaluate a checkpoint again", **settings)
     evaluate.add_argument("evaluate_from", metavar="CHECKPOINT", help="Folder of the checkpoint.")
     plan = commands.add_parser("plan", help="predict each level's cost and memory, assign levels", **settings)
     _add_options(plan, (PlanOptions,), PLAN_KINDS)
+    client = commands.add_parser("client", help="train tasks that a run wrote to files", **settings)
+    _add_options(client, (ClientOptions,), CLIENT_KINDS)
     for command in (train, evaluate, plan):
         command.epilog = "Dashes and underscores are the same. The preset overrides the defaults in brackets."
         # Behind several files, evaluate's own argument would be taken for one more.
@@ -127,7 +136,7 @@ def _default(default: Any) -> str:
 def _docstrings() -> dict[str, str]:
     """Option -> the docstring under its field, which Python itself does not keep."""
     docstrings = {}
-    source = inspect.getsource(options) + inspect.getsource(planoptions)
+    source = "".join(inspect.getsource(module) for module in (options, planoptions, clientoptions))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
             for before, after in zip(node.body, node.body[1:], strict=False):

@@ -15,6 +15,9 @@ class DataOptions:
     """Folder of the data set."""
     data: str = "kneexray"
     """Data set: kneexray, synthetic, or package.module:Name of your own."""
+    data_here: Literal["all", "train", "held_out"] = "all"
+    """Splits that data_root must have. train: those of a client's own machine; held_out: those of a run whose
+    clients bring their own training data (--executor jobs --job_launcher manual)."""
     annotations: str | None = None
     """JSON list or JSONL of records beside an image folder, relative to the data root or absolute."""
     skip_bad_images: bool = False
@@ -155,19 +158,50 @@ class FederationOptions:
     """Rule that merges updates: coverage_mean, or package.module:Name of your own."""
     weighting: Literal["examples", "uniform"] = "examples"
     """What a client weighs in the merge."""
-    executor: str = "sequential"
-    """What runs the clients of a round: all processes one client at a time (sequential), each process clients
-    of its own (parallel), launched processes (jobs), or package.module:Name of your own."""
-    client_retries: int = 1
-    """Further attempts at a client whose training failed; after an out-of-memory error with half of
-    micro_batch_size."""
-    min_clients: int = 1
-    """Clients that must deliver in a round; with fewer the run stops, to be resumed."""
-    client_timeout: float | None = None
-    """Seconds that a client may train in a round. Under jobs it is left out then; else the run stops, to be
-    resumed."""
     seed: int = 0
     """Seed of every random draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """Where the clients of a round train, and what becomes of those that fail."""
+
+    executor: str = "sequential"
+    """sequential: all processes train one client at a time. parallel: each process trains clients of its own.
+    jobs: clients are launched processes. Or package.module:Name of your own."""
+    client_retries: int = 1
+    """Further attempts at a client whose training failed. After an out-of-memory error with half of
+    micro_batch_size."""
+    min_clients: int = 1
+    """Clients that must deliver in a round. With fewer the run stops, to be resumed."""
+    client_timeout: float | None = None
+    """Seconds that a client may train. Under jobs it then has failed; else the run stops, to be resumed."""
+    job_launcher: Literal["local", "slurm", "manual"] = "local"
+    """What starts jobs: this machine, SLURM, or people who carry task files to `scalefl client`."""
+    clients_per_job: int = 1
+    """Clients of one level that a job trains in turn."""
+    max_jobs: int | None = None
+    """Jobs at a time. Unset: as many as there are GPUs for, or cores; under slurm no limit."""
+    level_resources: str | None = None
+    """YAML file of what a job of each level is launched with: processes, gpus, accelerate_config, sbatch."""
+    dry_run: bool = False
+    """Print what jobs would be launched for the next round, and end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationOptions:
+    """Clients that come late or not at all, by a virtual clock; none of it slows the run."""
+
+    dropout_rate: float = 0.0
+    """Share of a cohort that does not deliver, drawn anew each round; min_clients always do."""
+    client_flops: tuple[float, ...] = ()
+    """FLOP/s of every client, or one number for all. Turns the virtual clock on."""
+    client_bandwidth: tuple[float, ...] = ()
+    """Bytes a second of every client each way, or one number for all. None: transfers take no time."""
+    level_speeds: tuple[float, ...] = ()
+    """Factor on the FLOP/s of each level's clients; below 1 are stragglers."""
+    round_deadline: float | None = None
+    """Simulated seconds after which a round ends without those that have not delivered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +263,8 @@ GROUPS = (
     ModelOptions,
     LevelOptions,
     FederationOptions,
+    ExecutorOptions,
+    SimulationOptions,
     ObjectiveOptions,
     EvaluationOptions,
     RunOptions,
@@ -241,6 +277,8 @@ class RunConfig(
     ModelOptions,
     LevelOptions,
     FederationOptions,
+    ExecutorOptions,
+    SimulationOptions,
     ObjectiveOptions,
     EvaluationOptions,
     RunOptions,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from scalefl.config.modelfile import ModelFile
-from scalefl.config.options import RunConfig, RunOptions
+from scalefl.config.options import ExecutorOptions, RunConfig, RunOptions
 from scalefl.config.values import OPTION_KINDS, coerce
 from scalefl.contracts import InputError
 
@@ -25,10 +25,10 @@ FOR_MEMORY = frozenset(
 """Options that change the last bits of a result at most: a run may go on on a machine with less memory."""
 
 FREE_ON_RESUME = FOR_MEMORY | {
-    *("num_rounds", "data_root", "annotations", "init_from", "workers", "evaluate_from"),
-    *(f.name for f in dataclasses.fields(RunOptions)),
+    *("num_rounds", "data_root", "data_here", "annotations", "init_from", "workers", "evaluate_from"),
+    *(f.name for options in (RunOptions, ExecutorOptions) for f in dataclasses.fields(options)),
 }
-"""Options that change no result, or only how far a run goes; paths, since files may have moved."""
+"""Options that change no result but for rounding, or only how far a run goes; paths, as files may move."""
 
 
 def to_dict(config: RunConfig | ModelFile) -> dict[str, Any]:

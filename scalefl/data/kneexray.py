@@ -349,7 +349,8 @@ def _read_text(path: Path) -> str:
 
 
 def _check_splits(splits: Splits, where: str, run: RunConfig) -> None:
-    for split in ("test",) if run.evaluate_from else ("train", "test"):
+    needed = {"all": ("train", "test"), "train": ("train",), "held_out": ("test",)}[run.data_here]
+    for split in ("test",) if run.evaluate_from else needed:
         if not splits[split]:
             raise InputError(
                 f"{where}: the {split} split has no images; expected one or more; add some to {split}."

@@ -22,7 +22,7 @@ from scalefl.contracts import InputError, State, Unfinished
 from scalefl.engine.board import Board
 from scalefl.engine.optimizers import check_optimizer
 from scalefl.engine.session import OneProcess, Session, hide_frozen
-from scalefl.engine.watchdog import Watchdog
+from scalefl.engine.watchdog import Watchdog, to_resume
 
 KIB = 1024
 
@@ -41,7 +41,8 @@ PATIENCE_SECONDS = 30.0
 class Engine:
     """One process, or one of several under DDP or DeepSpeed's ZeRO."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, next_step: str | None = None) -> None:
+        """`next_step` is what to do when the process has to be ended; unset: resume the run."""
         use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
         if use_gpu and not torch.cuda.is_available():
             raise InputError(
@@ -72,7 +73,9 @@ class Engine:
         self._host_group = torch.distributed.new_group(backend="gloo") if on_gpus else None
         self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
         self.board = self._open_board()
-        self.watchdog = Watchdog(self.board, self.rank, run.client_timeout, run.save_path)
+        self.watchdog = Watchdog(
+            self.board, self.rank, run.client_timeout, next_step or to_resume(run.save_path)
+        )
 
     def _open_board(self) -> Board | None:
         if self.num_processes == 1:

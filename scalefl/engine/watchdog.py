@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from scalefl.engine.board import Board
 
@@ -28,17 +29,22 @@ GRACE_SECONDS = 20.0
 """
 
 
+PARENT = "SCALEFL_STARTED_BY"
+"""Variable that names the process without which this one has nothing to do."""
+
+
 class Watchdog:
     """Watches one process, from a thread of its own, until `stop`."""
 
-    def __init__(self, board: Board | None, rank: int, client_timeout: float | None, save_path: str) -> None:
+    def __init__(self, board: Board | None, rank: int, client_timeout: float | None, next_step: str) -> None:
         self._board = board.again() if board is not None else None
-        self._rank, self._client_timeout, self._save_path = rank, client_timeout, save_path
+        self._rank, self._client_timeout, self._next_step = rank, client_timeout, next_step
         self._client: tuple[str, float] | None = None
         self._cause, self._signum = "", 0
         self._leave_at: float | None = None
         self._done = threading.Event()
-        if board is not None or client_timeout is not None:
+        self._started_by, self._launcher = os.environ.get(PARENT), os.getppid()
+        if board is not None or client_timeout is not None or self._started_by is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
@@ -65,6 +71,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(SECONDS_BETWEEN_LOOKS):
             self._look_at_client()
+            self._look_at_parents()
             if self._board is not None:
                 self._look_at_board(self._board)
             if self._leave_at is not None and time.monotonic() >= self._leave_at:
@@ -81,6 +88,13 @@ class Watchdog:
         # The first rank says why, and ends the launch; it looks at the board as well.
         self._prepare_to_leave(cause, 0 if self._rank == 0 else GRACE_SECONDS)
 
+    def _look_at_parents(self) -> None:
+        """Without who started it a process would train on for nobody."""
+        if self._board is not None and os.getppid() != self._launcher:
+            self._prepare_to_leave("the launcher is gone", 0)
+        if self._started_by is not None and not _lives(self._started_by):
+            self._prepare_to_leave("the process that started this one is gone", 0)
+
     def _look_at_board(self, board: Board) -> None:
         try:
             if (cause := board.given_up()) is not None:
@@ -91,11 +105,34 @@ class Watchdog:
     def _leave(self) -> None:
         """End the process past whatever its main thread hangs in."""
         if self._rank == 0:
-            log.error("%s", unfinished(self._cause, self._save_path))
+            log.error("%s", unfinished(self._cause, self._next_step))
         sys.stdout.flush()
         os._exit(128 + self._signum if self._signum else EXIT_UNFINISHED)
 
 
-def unfinished(cause: str, save_path: str) -> str:
-    """What a run says that stops before its end."""
-    return f"scalefl: {cause}; the run stops here; go on with `scalefl train --resume {save_path}`."
+def who_i_am() -> str:
+    """This process, by its number and the time it started at: numbers are given again."""
+    return f"{os.getpid()}:{_start_time(os.getpid())}"
+
+
+def _lives(process: str) -> bool:
+    number, _, started = process.partition(":")
+    return _start_time(int(number)) == started
+
+
+def _start_time(number: int) -> str:
+    """In clock ticks; empty if there is no such process, or where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def to_resume(save_path: str) -> str:
+    return f"go on with `scalefl train --resume {save_path}`"
+
+
+def unfinished(cause: str, next_step: str) -> str:
+    """What a process says that stops before its end."""
+    return f"scalefl: {cause}; stopped; {next_step}."

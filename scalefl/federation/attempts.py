@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalefl.config.derived import micro_batch_size
+from scalefl.config.derived import checkpoints, micro_batch_size
 from scalefl.config.options import RunConfig
 from scalefl.contracts import (
     ClientFailure,
@@ -24,6 +24,7 @@ from scalefl.contracts import (
 )
 from scalefl.engine.session import Session
 from scalefl.federation.client import ClientTrainer
+from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")
 
@@ -42,14 +43,16 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def is_memory_error(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
+def is_memory_text(cause: str) -> bool:
+    """Whether a failure, as `in_one_line` has it, was a lack of memory."""
+    kind, _, text = cause.partition(": ")
+    return kind in ("MemoryError", "OutOfMemoryError") or (
+        kind == "RuntimeError" and any(words in text.lower() for words in OUT_OF_MEMORY)
     )
 
 
 def unusable(delta: Mapping[str, Tensor], shapes: Shapes) -> str | None:
-    """Why an update cannot be merged: it is of another level's shapes, or holds values that are not finite."""
+    """Why an update cannot be merged: other shapes than its level's, or values that are not finite."""
     for name in sorted(delta.keys() | shapes.keys()):
         got, expected = tuple(delta[name].shape) if name in delta else "nothing", shapes.get(name, "nothing")
         if got != expected:
@@ -60,11 +63,15 @@ def unusable(delta: Mapping[str, Tensor], shapes: Shapes) -> str | None:
     return None
 
 
-def with_less_memory(run: RunConfig, num_processes: int) -> RunConfig:
-    """The same steps in passes of half as many examples, or as few as there can be."""
-    half = micro_batch_size(run, num_processes) // 2
-    fitting = [size for size in range(half, 0, -1) if run.batch_size % (size * num_processes) == 0]
-    return dataclasses.replace(run, micro_batch_size=fitting[0]) if fitting else run
+def halved(run: RunConfig, num_processes: int) -> int:
+    """Half of the examples of a pass, or as few as there can be: the step stays one of as many examples."""
+    size = micro_batch_size(run, num_processes)
+    fitting = [half for half in range(size // 2, 0, -1) if run.batch_size % (half * num_processes) == 0]
+    return fitting[0] if fitting else size
+
+
+def _in_passes_of(trainer: ClientTrainer, size: int) -> ClientTrainer:
+    return dataclasses.replace(trainer, run=dataclasses.replace(trainer.run, micro_batch_size=size))
 
 
 class Bench:
@@ -73,10 +80,10 @@ class Bench:
     A context manager: at its end the session is gone.
     """
 
-    def __init__(
-        self, trainer: ClientTrainer, make_session: Callable[[], Session], sent: State, shapes: Shapes
-    ) -> None:
-        self._trainer, self._make, self._sent, self._shapes = trainer, make_session, sent, shapes
+    def __init__(self, trainer: ClientTrainer, store: Store, level: int, sent: State) -> None:
+        """`sent` is the level's slice of the global trainable state."""
+        self._trainer, self._store, self._level, self._sent = trainer, store, level, sent
+        self._shapes = store.models.slices[level].trainable_shapes
         self._session: Session | None = None
 
     def __enter__(self) -> Bench:
@@ -85,15 +92,18 @@ class Bench:
     def __exit__(self, *_: Any) -> None:
         self._drop_session()
 
-    def train(self, task: ClientTask, lr: float) -> Outcome:
+    def train(self, task: ClientTask, lr: float, *, micro_batch_size: int | None = None) -> Outcome:
         """A client's update, or its failure after `--client_retries` further attempts.
 
-        Of several processes all fail when one does; Unfinished where they cannot agree on it.
+        `micro_batch_size` takes the place of the run's. Of several processes all fail when one does; raises
+        Unfinished where they cannot agree on it.
         """
         failures: list[str] = []
         trainer = self._trainer
+        if micro_batch_size is not None:
+            trainer = _in_passes_of(trainer, micro_batch_size)
         for attempt in range(1, trainer.run.client_retries + 2):
-            update, problem, lacks_memory = self._attempt(trainer, task, lr)
+            update, problem = self._attempt(trainer, task, lr)
             problem = trainer.engine.agree(problem)
             if problem is None and update is not None:
                 return dataclasses.replace(update, failures=tuple(failures))
@@ -103,9 +113,8 @@ class Bench:
                 *(name_of(task), task.round, attempt, trainer.run.client_retries + 1, failures[-1]),
             )
             self._drop_session()
-            if lacks_memory:
-                run = with_less_memory(trainer.run, trainer.engine.num_processes)
-                trainer = dataclasses.replace(trainer, run=run)
+            if is_memory_text(failures[-1]):
+                trainer = _in_passes_of(trainer, halved(trainer.run, trainer.engine.num_processes))
         log.warning("%s is left out of round %d", name_of(task), task.round)
         return ClientFailure(
             client=task.client,
@@ -116,19 +125,26 @@ class Bench:
 
     def _attempt(
         self, trainer: ClientTrainer, task: ClientTask, lr: float
-    ) -> tuple[ClientUpdate | None, str | None, bool]:
-        """An update or what went wrong, and whether that was a lack of memory."""
+    ) -> tuple[ClientUpdate | None, str | None]:
+        """An update, or what went wrong."""
         try:
             with trainer.engine.watchdog.client(f"{name_of(task)}, round {task.round}"):
                 if self._session is None:
-                    self._session = self._make()
+                    self._session = self._new_session()
                 update = trainer.train(self._session, task, self._sent, lr)
         except (Interrupted, InputError, Unfinished):
             raise
         except Exception as error:
             log.debug("%s", name_of(task), exc_info=True)
-            return None, in_one_line(error), is_memory_error(error)
-        return update, unusable(update.delta, self._shapes) if trainer.engine.is_main else None, False
+            return None, in_one_line(error)
+        return update, unusable(update.delta, self._shapes) if trainer.engine.is_main else None
+
+    def _new_session(self) -> Session:
+        engine, run = self._trainer.engine, self._trainer.run
+        model: Any = self._store.submodel(self._level, self._sent, own=True, place=engine.place, is_cut=True)
+        if checkpoints(run, self._level):
+            model.activation_checkpointing_enable()
+        return engine.session(model, run)
 
     def _drop_session(self) -> None:
         if self._session is not None:

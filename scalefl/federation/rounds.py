@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from scalefl.contracts import (
     Unfinished,
 )
 from scalefl.federation.client import ClientTrainer
+from scalefl.federation.clock import Simulation, simulate
 from scalefl.federation.records import RunFolder
 from scalefl.federation.setup import Federation
 from scalefl.federation.stop import StopSignal
+from scalefl.models.cost import LevelCost, level_cost
 from scalefl.registry import resolve
 from scalefl.report import selection_value, summary
 from scalefl.seeding import numpy_rng
@@ -41,16 +44,8 @@ class RoundLoop:
         self._fed, self._run, self._engine = federation, federation.run, federation.engine
         self._folder, self._display, self._stop = folder, display, stop
         self._aggregation = resolve("aggregation", self._run.aggregation)
-        trainer = ClientTrainer(
-            run=self._run,
-            engine=self._engine,
-            batcher=federation.batchers["train"],
-            answer_ids=federation.answer_ids if federation.adjusts_logits else None,
-            vocab_size=federation.store.models.vocab_size,
-            check_stop=stop.check,
-            on_step=self._on_step,
-        )
-        self._executor: Executor = resolve("executor", self._run.executor)(trainer, federation.store)
+        trainer = trainer_of(federation, stop.check, self._on_step)
+        self._executor: Executor = resolve("executor", self._run.executor)(trainer, federation)
         self._clients_done = 0
 
     def round(self, before: Progress) -> Progress:
@@ -60,6 +55,7 @@ class RoundLoop:
         """
         number, started, store = before.round + 1, time.perf_counter(), self._fed.store
         tasks = sample_cohort(self._run, number, self._fed.clients, self._fed.client_levels)
+        simulation = simulate(self._run, tasks, self._costs)
         lr = learning_rate(self._run, number)
         plans = {level: part.trainable_plan for level, part in store.models.slices.items()}
         merge: Aggregator = self._aggregation(before.state, plans, self._run.weighting)
@@ -71,7 +67,7 @@ class RoundLoop:
         self._display.round_starts(number, self._run.num_rounds, len(tasks))
         saved_at = time.monotonic()
         try:
-            todo = [task for task in tasks if task.client not in finished]
+            todo = [t for t in tasks if t.client not in finished and t.client not in simulation.missing]
             for outcome in self._executor.train(todo, before.state, lr):
                 clients.append(self._take(merge, outcome))
                 self._clients_done += 1
@@ -89,7 +85,7 @@ class RoundLoop:
         finally:
             self._display.stop()
         best = self._best(before.best, number, evaluation)
-        record = self._record(number, lr, clients, evaluation, time.perf_counter() - started)
+        record = self._record(number, lr, clients, evaluation, time.perf_counter() - started, simulation)
         self._display.line(_round_line(record, self._run.num_rounds))
         metrics_bytes = self._folder.append_metrics(record, at=before.metrics_bytes)
         self._track(record)
@@ -97,6 +93,7 @@ class RoundLoop:
             before, state=state, round=number, best=best, metrics_bytes=metrics_bytes, partial=None
         )
         self._save(after)
+        self._executor.end_round()
         return after
 
     def _take(self, merge: Aggregator, outcome: Outcome) -> dict[str, Any]:
@@ -157,8 +154,22 @@ class RoundLoop:
         value = selection_value(evaluation["levels"])
         return {"round": number, "value": value} if best is None or value > best["value"] else best
 
+    @functools.cached_property
+    def _costs(self) -> dict[int, LevelCost]:
+        """By level; counted where the virtual clock asks for them."""
+        if not self._run.client_flops:
+            return {}
+        models, example = self._fed.store.models, self._fed.example_row
+        return {level: level_cost(models, level, example) for level in models.levels}
+
     def _record(
-        self, number: int, lr: float, clients: list[dict[str, Any]], evaluation: Any, seconds: float
+        self,
+        number: int,
+        lr: float,
+        clients: list[dict[str, Any]],
+        evaluation: Any,
+        seconds: float,
+        simulation: Simulation,
     ) -> dict[str, Any]:
         kept = [c for c in clients if c["delivered"]]
         if not kept:
@@ -174,7 +185,10 @@ class RoundLoop:
             "left_out": len(clients) - len(kept),
             "bytes_down": sum(slice_bytes[c["level"]] for c in clients),
             "bytes_up": sum(slice_bytes[c["level"]] for c in kept),
+            "missing": {str(client): why for client, why in simulation.missing.items()},
             "seconds": seconds,
+            "simulated_seconds": simulation.round_seconds,
+            "simulated_client_seconds": {str(client): s for client, s in simulation.seconds.items()},
             "peak_memory_bytes": self._engine.peak_memory(),
             "clients": clients,
             "evaluation": evaluation,
@@ -207,6 +221,21 @@ class RoundLoop:
         self._display.client_step(task.client, task.level, self._clients_done, step, steps, loss)
 
 
+def trainer_of(
+    federation: Federation, check_stop: Callable[..., None], on_step: Callable[..., None]
+) -> ClientTrainer:
+    """What trains the federation's clients in this process."""
+    return ClientTrainer(
+        run=federation.run,
+        engine=federation.engine,
+        batcher=federation.batchers["train"],
+        answer_ids=federation.answer_ids if federation.adjusts_logits else None,
+        vocab_size=federation.store.models.vocab_size,
+        check_stop=check_stop,
+        on_step=on_step,
+    )
+
+
 def evaluate_levels(federation: Federation, split: str, state: State, check_stop: Any) -> dict[str, Any]:
     """Level -> metrics of every exit, for every level that has held-out examples."""
     results = {}
@@ -214,6 +243,12 @@ def evaluate_levels(federation: Federation, split: str, state: State, check_stop
         if ids:
             results[str(level)] = federation.evaluators[split].level(level, state, ids, check_stop)
     return results
+
+
+def _counted(record: dict[str, Any]) -> str:
+    """Clients of the cohort that are not in the merge, if any."""
+    parts = {"left out": record["left_out"], "did not deliver (simulated)": len(record["missing"])}
+    return "".join(f"  {count} {what}" for what, count in parts.items() if count)
 
 
 def sample_cohort(
@@ -243,7 +278,9 @@ def learning_rate(run: RunConfig, number: int) -> float:
 def _round_line(record: dict[str, Any], num_rounds: int) -> str:
     loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.3f}"
     text = f"round {record['round']}/{num_rounds}  {record['seconds']:.1f} s  "
+    if record["simulated_seconds"] is not None:
+        text += f"simulated {record['simulated_seconds']:.3g} s  "
     text += f"peak {record['peak_memory_bytes'] / 1e9:.1f} GB  loss {loss}"
     if record["evaluation"] is not None:
         text += f"  {record['evaluation']['split']} by level: {summary(record['evaluation']['levels'])}"
-    return text + (f"  {record['left_out']} left out" if record["left_out"] else "")
+    return text + _counted(record)

@@ -10,7 +10,7 @@ from typing import Any
 
 from scalefl import checkpoint
 from scalefl.checkpoint import Progress
-from scalefl.config.derived import checkpoints
+from scalefl.config.derived import checkpoints, features_in_files
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import FOR_MEMORY, FREE_ON_RESUME, save_config, to_dict
@@ -18,8 +18,9 @@ from scalefl.console import Display
 from scalefl.contracts import InputError
 from scalefl.data.partition import describe
 from scalefl.engine.launch import Engine
+from scalefl.federation.jobs import Jobs
 from scalefl.federation.records import RunFolder
-from scalefl.federation.rounds import RoundLoop, evaluate_levels
+from scalefl.federation.rounds import RoundLoop, evaluate_levels, sample_cohort, trainer_of
 from scalefl.federation.setup import Federation, build
 from scalefl.federation.start import check_same_base, check_same_parameters
 from scalefl.federation.stop import StopSignal
@@ -57,8 +58,10 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
         _print_results(display, folder, results)
         return
-    folder.write_config(lambda path: save_config(path, run, model_file, federation.base))
     _print_setup(display, federation)
+    if run.dry_run:
+        return _preview(display, federation, progress)
+    folder.write_config(lambda path: save_config(path, run, model_file, federation.base))
     engine.start_trackers(to_dict(run))
     gc.collect()
     gc.freeze()  # what lives as long as the run need not be searched each time an engine is torn down
@@ -165,7 +168,7 @@ def _print_setup(display: Display, federation: Federation) -> None:
         f"--recipe {run.recipe}"
     )
     display.line(_how_it_trains(federation))
-    example = federation.batchers["train"].training([0]).inputs
+    example = federation.example_row
     models = store.models
     columns, rows = levels_and_costs(
         (models.slices[level].spec, level_cost(models, level, example)) for level in models.levels
@@ -198,7 +201,7 @@ def _how_it_trains(federation: Federation) -> str:
     scales = ", double" if run.quantization == "nf4" and run.double_quant else ""
     base += f" in {run.quantization}{scales}" if run.quantization != "none" else ""
     at = [str(level) for level in store.models.levels if checkpoints(run, level)]
-    cached = "on disk" if run.feature_cache == "file" else "in memory"
+    cached = "on disk" if features_in_files(run) else "in memory"
     parts = {
         f"{engine.num_processes} process(es) on {engine.device}, {engine.launch}": True,
         f"--precision {run.precision}": True,
@@ -208,6 +211,15 @@ def _how_it_trains(federation: Federation) -> str:
         f"--optimizer {run.optimizer}": True,
     }
     return "; ".join(part for part, applies in parts.items() if applies)
+
+
+def _preview(display: Display, federation: Federation, progress: Progress) -> None:
+    """What the next round would launch; nothing is launched or written."""
+    run, number = federation.run, progress.round + 1
+    trainer = trainer_of(federation, lambda engine: None, lambda *_: None)
+    tasks = sample_cohort(run, number, federation.clients, federation.client_levels)
+    for line in Jobs(trainer, federation).preview(tasks):
+        display.line(line)
 
 
 def _print_results(display: Display, folder: RunFolder, results: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Federation:
     initial_state: State
     base: str | None
     """Digest of the frozen base's files."""
+    base_source: str | None
+    """Folder of those files; None of a base from scratch, or none at all."""
     batchers: dict[str, Batcher]
     """Per split."""
     evaluators: dict[str, Evaluator]
@@ -64,6 +67,12 @@ class Federation:
         if self.data.answers is None:
             return None
         return tuple(tuple(self.processor.encode_answer(answer)) for answer in self.data.answers)
+
+    @property
+    def example_row(self) -> Mapping[str, Any]:
+        """A training row, from whichever split has one, by which costs are counted."""
+        batcher = next(batcher for batcher in self.batchers.values() if batcher.examples)
+        return batcher.training([0]).inputs
 
     @property
     def adjusts_logits(self) -> bool:
@@ -87,8 +96,8 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
     a checkpoint needs training examples for `--evalmode local` alone, to know what its clients hold.
     """
     engine = Engine(run)
-    _check_launch(run, engine)
-    data = _read(run)
+    check_launch(run, engine)
+    data = read_data(run)
     start = start_from(run, model_file, resolve("arch", run.arch), _texts(data), processor_from, engine)
     processor, store = start.processor, start.store
     clients = _deal(run, data)
@@ -114,6 +123,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
         store=store,
         initial_state=start.state,
         base=start.base,
+        base_source=start.base_source,
         batchers=batchers,
         evaluators=evaluators,
         clients=clients,
@@ -122,7 +132,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
     )
 
 
-def _check_launch(run: RunConfig, engine: Engine) -> None:
+def check_launch(run: RunConfig, engine: Engine) -> None:
     """Refuse what this launch cannot do before data is read."""
     ranks_apart = resolve("executor", run.executor).splits
     micro_batch_size(run, 1 if ranks_apart else engine.num_processes)
@@ -131,7 +141,8 @@ def _check_launch(run: RunConfig, engine: Engine) -> None:
     check_quantisation(run, engine.device)
 
 
-def _read(run: RunConfig) -> DataSplits:
+def read_data(run: RunConfig) -> DataSplits:
+    """The splits as this run uses them, checked."""
     data = resolve("data", run.data)(run)
     if run.evaluate_from is None:
         data = _training_splits(data, run)
@@ -149,6 +160,8 @@ def _deal(run: RunConfig, data: DataSplits) -> tuple[tuple[int, ...], ...]:
     """Per client, its training examples; none where nobody asks for them."""
     if run.evaluate_from is not None and run.evalmode != "local":
         return ()
+    if run.data_here == "held_out":  # clients bring their own
+        return ((),) * run.num_clients
     return partition(
         data.splits["train"],
         num_clients=run.num_clients,
@@ -187,7 +200,7 @@ def _batchers(
 def _training_splits(data: DataSplits, run: RunConfig) -> DataSplits:
     """With `--use-valid` the splits as they are; without, validation examples are trained on."""
     splits = {name: tuple(data.splits.get(name, ())) for name in SPLITS}
-    if run.use_valid and not splits["val"]:
+    if run.use_valid and not splits["val"] and run.data_here != "train":
         raise InputError(
             f"--use-valid: {data.name} has no validation examples; expected a val split, or --no-use-valid "
             "to keep the last round instead of the best."

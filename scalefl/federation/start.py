@@ -50,6 +50,8 @@ class Start:
     """Trainable state."""
     base: str | None
     """Digest of the files that the frozen base was read from; None of a base from scratch, or none at all."""
+    base_source: str | None = None
+    """Folder of those files."""
 
 
 def start_from(
@@ -111,28 +113,76 @@ def _stored(
     if holds_whole_base(run, engine.shards_weights) or not has_base:
         store = source.resident(engine.device)
     else:
-        folder = Path(run.save_path) / "base"
-        if source.needs_folder and engine.is_main:
-            weights_are = weights.stamps() if isinstance(weights, TensorFiles) else {"seed": run.seed}
-            recipe = _recipe(run, model_file, config, [digest, weights_are])
-            _write_base(folder, source, engine.device, recipe)
-        engine.barrier()
-        store = source.on_disk(engine.device, folder)
+        recipe = _recipe(run, model_file, config, weights, digest)
+        store = _in_files(run, source, recipe, engine)
     return Start(
         processor=processor,
         store=store,
         state=source.initial_state(),
         base=digest if has_base else None,
+        base_source=str(weights.folder.absolute()) if isinstance(weights, TensorFiles) and has_base else None,
     )
 
 
-def _recipe(run: RunConfig, model_file: ModelFile, config: Any, weights_are: Any) -> dict[str, Any]:
+def _in_files(run: RunConfig, source: ModelSource, recipe: dict[str, Any], engine: Engine) -> Store:
+    folder = Path(run.save_path) / "base"
+    if source.needs_folder and engine.is_main:
+        _write_base(folder, source, engine.device, recipe)
+    engine.barrier()
+    return source.on_disk(engine.device, folder)
+
+
+def client_store(
+    run: RunConfig,
+    model_file: ModelFile,
+    family: ModelFamily,
+    model_folder: Path,
+    task: Mapping[str, Any],
+    engine: Engine,
+) -> Store:
+    """The store of a client's own process, which reads its level's slice of the base from files.
+
+    `task` says which base (`base`, its digest) and where its run has it (`base_source`). On a machine that
+    does not see the run's folder a base that is not read from the model's own files is made. Raises
+    InputError if the base is another one here.
+    """
+    config, weights_from = family.load_config(str(model_folder)), task["base_source"]
+    weights: Mapping[str, Tensor] = {}
+    if weights_from is not None:
+        weights = TensorFiles(Path(weights_from))
+        if weights.digest() != task["base"]:
+            raise InputError(
+                f"{weights_from}: other weights than those of the run; expected the base that it started "
+                "from; name its folder on this machine with --init_from."
+            )
+    is_made = (Path(run.save_path) / CONFIG_FILE).is_file()  # the run's own folder, and with it its base
+    if weights_from is None and not is_made and (run.tuning == "lora" or run.freeze_vit):
+        weights = dict(new_model(run, family, config).named_parameters())
+    source = ModelSource(
+        run if weights else dataclasses.replace(run, zero_tails=False),  # tails belong to initial weights
+        family,
+        config,
+        weights,
+        from_scratch=weights_from is None,
+        vit_dtype=DTYPES[model_file.vit_precision],
+    )
+    if not source.models.base_shapes:
+        return source.resident(engine.device)
+    if is_made:
+        return source.on_disk(engine.device, Path(run.save_path) / "base")
+    return _in_files(run, source, _recipe(run, model_file, config, weights, task["base"]), engine)
+
+
+def _recipe(
+    run: RunConfig, model_file: ModelFile, config: Any, weights: Mapping[str, Tensor], digest: str | None
+) -> dict[str, Any]:
     """All that decides the bits of a base in files, as JSON gives it back."""
+    of_files = weights.stamps() if isinstance(weights, TensorFiles) else {"seed": run.seed}
     recipe = {
         "arch": run.arch,
         "config": json.loads(config.to_json_string(use_diff=False)),
         "vit_precision": model_file.vit_precision,
-        "weights": weights_are,
+        "weights": [digest, of_files],
         "options": {name: getattr(run, name) for name in DECIDE_BASE},
     }
     return json.loads(json.dumps(recipe))

@@ -46,10 +46,17 @@ class Store(abc.ABC):
         """One frozen weight, cut, on the device."""
 
     def submodel(
-        self, level: int, state: Mapping[str, Tensor], *, own: bool, place: Place | None = None
+        self,
+        level: int,
+        state: Mapping[str, Tensor],
+        *,
+        own: bool,
+        place: Place | None = None,
+        is_cut: bool = False,
     ) -> nn.Module:
         """A level's sub-model on the store's device, holding its slice of the trainable `state`.
 
+        `is_cut`: the state is that slice already, in the sub-model's names.
         With `own` the trainable parameters are copies that require gradients; without, they are views of
         `state` where the cut is a prefix and the state is on that device, for evaluation.
         """
@@ -59,7 +66,7 @@ class Store(abc.ABC):
             name: tensor.to(self.device, copy=own, memory_format=torch.contiguous_format)
             if own
             else tensor.to(self.device)
-            for name, tensor in cut(state, part.trainable_plan).items()
+            for name, tensor in (state if is_cut else cut(state, part.trainable_plan)).items()
         }
         for name, tensor in trainable.items():
             _put(model, name, tensor, place, requires_grad=own)

@@ -1,0 +1,69 @@
+"""One job: a launched process, or group of processes, that trains clients of one level in turn."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from scalefl.federation.resources import Resources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    name: str
+    """Unique in a round."""
+    level: int
+    tasks: tuple[Path, ...]
+    """Task files, in the order in which they are trained."""
+    log: Path
+    """What it prints."""
+
+
+class Launcher(Protocol):
+    """What starts jobs, and tells how they end."""
+
+    def room(self, level: int) -> int:
+        """How many further jobs of a level may start now."""
+        ...
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Start jobs of one level."""
+        ...
+
+    def ended(self, jobs: Iterable[Job]) -> dict[str, str]:
+        """Name -> how it ended, of the jobs that have ended; those that nothing is known of are not named."""
+        ...
+
+    def cancel(self, job: Job) -> None:
+        """End a job and all its processes."""
+        ...
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        ...
+
+    def preview(self, jobs: Sequence[Job]) -> list[str]:
+        """What starting these jobs of one level would run, as lines for people."""
+        ...
+
+
+def client_command(tasks: Sequence[str], resources: Resources, port: int | None) -> list[str]:
+    """The command line of a job; `port` is free on its machine, unset: the launcher looks for one."""
+    client = ["-m", "scalefl", "client", "--task", *tasks]
+    if resources.processes == 1 and resources.accelerate_config is None:
+        return [sys.executable, *client]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    if resources.accelerate_config is not None:
+        launch += ["--config_file", resources.accelerate_config]
+    else:
+        launch += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_processes", str(resources.processes), "--main_process_port", str(port or 0)]
+    return [*launch, *client]
+
+
+def shell(command: Sequence[str]) -> str:
+    return shlex.join(command)

@@ -1,0 +1,333 @@
+"""Jobs executor: clients are launched processes, which read tasks from files and answer in files.
+
+Updates are merged in the order of the tasks, whichever comes first: the result does not depend on it. They
+wait on disk, so that one of them at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scalefl.config.derived import micro_batch_size
+from scalefl.config.saved import to_dict
+from scalefl.contracts import ClientFailure, ClientTask, ClientUpdate, InputError, Outcome, State
+from scalefl.features import FeatureFiles
+from scalefl.federation import exchange
+from scalefl.federation.attempts import halved, name_of, unusable
+from scalefl.federation.client import ClientTrainer
+from scalefl.federation.exchange import BadFileError, Note
+from scalefl.federation.job import Job, Launcher
+from scalefl.federation.resources import Resources, read_resources
+from scalefl.federation.setup import Federation
+from scalefl.federation.slurm import cancel_left_behind
+from scalefl.registry import resolve
+
+log = logging.getLogger("scalefl")
+
+POLL_SECONDS = 0.05
+
+START_SECONDS = 1800.0
+"""What a job gets beside `--client_timeout`, to be started, read its data and build its model."""
+
+MODEL = "model"
+"""Folder of what every client needs, and does not change: the model's config and its processor."""
+
+FEATURES = "features.json"
+
+
+@dataclass(kw_only=True)
+class Ticket:
+    """One client's way through a round."""
+
+    task: ClientTask
+    micro_batch_size: int | None
+    failures: list[str] = field(default_factory=list)
+    file: Path | None = None
+    digest: str = ""
+    """Of the task file."""
+    update: Note | None = None
+
+    @property
+    def attempt(self) -> int:
+        return len(self.failures) + 1
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A job and the tickets that it has not answered yet."""
+
+    job: Job
+    waiting: list[Ticket]
+    since: float
+    """When it was started or answered last."""
+
+
+class Jobs:
+    splits = False
+
+    def __init__(self, trainer: ClientTrainer, federation: Federation) -> None:
+        """Raises InputError where this launch, or the resources asked for, do not go with jobs."""
+        self._trainer, self._fed, self._run = trainer, federation, federation.run
+        if federation.engine.num_processes > 1:
+            raise InputError(
+                f"--executor: got jobs in a launch of {federation.engine.num_processes} processes; expected "
+                "one process, which launches the clients' own: start with scalefl train, and give "
+                "processes: in --level_resources."
+            )
+        levels = federation.store.models.levels
+        self._resources: dict[int, Resources] = read_resources(self._run.level_resources, levels)
+        for wanted in self._resources.values():
+            micro_batch_size(self._run, wanted.processes)
+        self._launcher: Launcher = resolve("job_launcher", self._run.job_launcher)(self._run, self._resources)
+        self._folder = Path(self._run.save_path).absolute() / "jobs"
+        self._names: Counter[int] = Counter()
+
+    def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[Outcome]:
+        """Every task's outcome, in the order of levels and clients."""
+        ordered = sorted(tasks, key=lambda task: (task.level, task.client))
+        if not ordered:
+            return
+        folder = self._folder / f"round-{ordered[0].round:04d}"
+        try:
+            desk = self._open(folder, ordered, global_state, lr)
+            for ticket in desk.tickets:
+                while ticket.update is None and len(ticket.failures) <= self._run.client_retries:
+                    desk.look()
+                    self._trainer.check_stop(self._trainer.engine)
+                yield from desk.outcome(ticket)
+        finally:
+            self._launcher.close()
+
+    def end_round(self) -> None:
+        for folder in self._folder.glob("round-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def preview(self, tasks: Sequence[ClientTask]) -> list[str]:
+        """What a round with these tasks would launch first."""
+        folder = self._folder / f"round-{tasks[0].round:04d}"
+        lines = []
+        for level in sorted({task.level for task in tasks}):
+            files = [
+                exchange.task_path(folder, task.client, 1)
+                for task in sorted(tasks, key=lambda t: t.client)
+                if task.level == level
+            ]
+            lines += self._launcher.preview(list(self._bundles(level, files, folder)))
+        return lines
+
+    def _open(self, folder: Path, tasks: Sequence[ClientTask], state: State, lr: float) -> Desk:
+        """Write what clients need; what a killed run left of this round stays where it still holds."""
+        cancel_left_behind(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in [*folder.glob(".*.tmp"), *folder.glob("*.failure.json")]:
+            stale.unlink(missing_ok=True)
+        self._write_model()
+        models = self._fed.store.models
+        sent = {
+            level: exchange.write_tensors(
+                folder / f"level-{level}.safetensors", models.level_state(level, state)
+            )
+            for level in sorted({task.level for task in tasks})
+        }
+        content = {
+            "run": to_dict(dataclasses.replace(self._run, resume=None, dry_run=False)),
+            "model_file": to_dict(self._fed.model_file),
+            "base": self._fed.base,
+            "base_source": self._fed.base_source,
+            "model": f"../{MODEL}",
+            "lr": lr,
+        }
+        desk = Desk(self, folder, sent, content)
+        for task in tasks:
+            desk.admit(task)
+        return desk
+
+    def _write_model(self) -> None:
+        folder = self._folder / MODEL
+        if folder.is_dir():
+            return
+        temporary = folder.with_name(f".{MODEL}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self._fed.store.models.config.save_pretrained(temporary)
+        self._fed.processor.save_pretrained(temporary)
+        if isinstance(features := self._fed.batchers["train"].features, FeatureFiles):
+            features.write_index(temporary / FEATURES)
+        temporary.rename(folder)
+
+    def _bundles(self, level: int, tasks: Sequence[Path], folder: Path) -> Iterator[Job]:
+        size = self._run.clients_per_job
+        for start in range(0, len(tasks), size):
+            self._names[level] += 1
+            name = f"level-{level}.job-{self._names[level]:04d}"
+            yield Job(
+                name=name, level=level, tasks=tuple(tasks[start : start + size]), log=folder / f"{name}.log"
+            )
+
+
+class Desk:
+    """One round's tasks: given out, answered, given out again."""
+
+    def __init__(self, jobs: Jobs, folder: Path, sent: dict[int, Any], content: dict[str, Any]) -> None:
+        self._jobs, self._run, self._launcher = jobs, jobs._run, jobs._launcher
+        self._folder, self._sent, self._content = folder, sent, content
+        self.tickets: list[Ticket] = []
+        self._ready: list[Ticket] = []
+        self._running: list[Running] = []
+
+    def admit(self, task: ClientTask) -> None:
+        """Write a client's task, unless it was answered already, in a run that was killed."""
+        ticket = Ticket(task=task, micro_batch_size=self._run.micro_batch_size)
+        self.tickets.append(ticket)
+        self._write_task(ticket)
+        if not self._answered(ticket):
+            self._ready.append(ticket)
+
+    def look(self) -> None:
+        """Give out what there is room for, and take in what has come."""
+        self._give_out()
+        # Asked first: what a job answered before its end is seen below.
+        ended = self._launcher.ended([running.job for running in self._running])
+        for running in list(self._running):
+            for ticket in list(running.waiting):
+                if self._answered(ticket):
+                    running.waiting.remove(ticket)
+                    running.since = time.monotonic()
+            self._settle(running, ended.get(running.job.name))
+        time.sleep(POLL_SECONDS)
+
+    def outcome(self, ticket: Ticket) -> Iterator[Outcome]:
+        """A generator, so that the update is gone from here while others are waited for."""
+        task = ticket.task
+        failures = tuple(ticket.failures)
+        if ticket.update is None:
+            log.warning("%s is left out of round %d", name_of(task), task.round)
+            yield ClientFailure(
+                client=task.client,
+                level=task.level,
+                num_examples=len(task.example_ids),
+                failures=failures,
+            )
+            return
+        content = ticket.update.content
+        # Seen to be whole and of the right shapes when it came; kept on disk until it is merged.
+        yield ClientUpdate(
+            client=task.client,
+            level=task.level,
+            delta=ticket.update.tensors(),
+            num_examples=content["num_examples"],
+            metrics=content["metrics"],
+            batches=content["batches"],
+            failures=failures,
+        )
+
+    def _give_out(self) -> None:
+        for level in sorted({ticket.task.level for ticket in self._ready}):
+            ready = [ticket for ticket in self._ready if ticket.task.level == level]
+            count = min(self._launcher.room(level) * self._run.clients_per_job, len(ready))
+            if count == 0:
+                continue
+            given, by_file = ready[:count], {ticket.file: ticket for ticket in ready}
+            files = [ticket.file for ticket in given if ticket.file is not None]
+            jobs = list(self._jobs._bundles(level, files, self._folder))
+            self._launcher.start(jobs)
+            now = time.monotonic()
+            for job in jobs:
+                self._running.append(
+                    Running(job=job, waiting=[by_file[file] for file in job.tasks], since=now)
+                )
+            self._ready = [ticket for ticket in self._ready if ticket not in given]
+
+    def _settle(self, running: Running, ended: str | None) -> None:
+        """What becomes of a job, and of what it has not answered."""
+        if not running.waiting:
+            if ended is not None or time.monotonic() - running.since > START_SECONDS:
+                self._launcher.cancel(running.job)
+                self._running.remove(running)
+            return
+        limit = self._run.client_timeout
+        if ended is not None:
+            cause = f"its job ended without an answer ({ended}){_last_words(running.job.log)}"
+        elif limit is not None and time.monotonic() - running.since > limit + START_SECONDS:
+            cause = f"no answer within --client_timeout {limit:g} and {START_SECONDS:g} s to start"
+            self._launcher.cancel(running.job)
+        else:
+            return
+        self._running.remove(running)
+        first, *rest = running.waiting
+        self._failed(first, cause, lacks_memory="OUT_OF_MEMORY" in cause)
+        self._ready += rest
+
+    def _answered(self, ticket: Ticket) -> bool:
+        """Take in a client's answer, if there is one."""
+        assert ticket.file is not None
+        failure = exchange.answer_path(ticket.file, "failure")
+        update = exchange.answer_path(ticket.file, "update")
+        try:
+            if failure.is_file():
+                content = exchange.read_note(failure, "failure", answers=ticket.digest).content
+                self._failed(ticket, content["cause"], lacks_memory=content["lacks_memory"])
+                return True
+            if not update.is_file():
+                return False
+            note = exchange.read_note(update, "update", answers=ticket.digest)
+            shapes = self._jobs._fed.store.models.slices[ticket.task.level].trainable_shapes
+            if (problem := unusable(note.tensors(), shapes)) is not None:
+                raise BadFileError(problem)
+            ticket.update = note
+        except (BadFileError, KeyError, TypeError) as error:
+            self._failed(ticket, str(error), lacks_memory=False)
+        return True
+
+    def _failed(self, ticket: Ticket, cause: str, *, lacks_memory: bool) -> None:
+        """Write down why, and give the task out again if it may be tried again."""
+        task, attempts = ticket.task, self._run.client_retries + 1
+        log.warning(
+            "%s, round %d, attempt %d of %d: %s",
+            *(name_of(task), task.round, ticket.attempt, attempts, cause),
+        )
+        ticket.failures.append(cause)
+        if lacks_memory:
+            processes = self._jobs._resources[task.level].processes
+            run = dataclasses.replace(self._run, micro_batch_size=ticket.micro_batch_size)
+            ticket.micro_batch_size = halved(run, processes)
+        if len(ticket.failures) < attempts:
+            self._write_task(ticket)
+            self._ready.append(ticket)
+
+    def _write_task(self, ticket: Ticket) -> None:
+        task = ticket.task
+        ticket.file = exchange.task_path(self._folder, task.client, ticket.attempt)
+        ticket.digest = exchange.write_note(
+            ticket.file,
+            "task",
+            {
+                **self._content,
+                "client": task.client,
+                "level": task.level,
+                "round": task.round,
+                "attempt": ticket.attempt,
+                "example_ids": list(task.example_ids),
+                "micro_batch_size": ticket.micro_batch_size,
+                "tensors": self._sent[task.level],
+            },
+        )
+
+
+def _last_words(log: Path) -> str:
+    """The last line that a job printed, for its failure's cause."""
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    own = [line for line in lines if line.startswith("scalefl: ")]
+    said = (own or lines)[-1:] if lines else []
+    return f": {said[0][:300]}" if said else ""

@@ -1,0 +1,152 @@
+"""Jobs as processes of this machine, with as many at a time as it has GPUs or cores for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from scalefl.config.options import RunConfig
+from scalefl.contracts import InputError
+from scalefl.engine.watchdog import PARENT, who_i_am
+from scalefl.federation.job import Job, client_command, shell
+from scalefl.federation.resources import Resources
+
+TERM_SECONDS = 5.0
+"""From SIGTERM to SIGKILL."""
+
+OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of the launch that this process may be part of."""
+
+
+class Local:
+    def __init__(self, run: RunConfig, resources: Mapping[int, Resources]) -> None:
+        """Raises InputError where a level asks for more GPUs than there are."""
+        self._resources = resources
+        self._gpus = visible_gpus() if run.use_gpu is not False else []
+        self._on_cpu = not self._gpus
+        for level, wanted in resources.items():
+            if wanted.gpus > len(self._gpus):
+                raise InputError(
+                    f"--level_resources: level {level} asks for {wanted.gpus} GPU(s), this machine shows "
+                    f"{len(self._gpus)}; ask for fewer, or use --job_launcher slurm."
+                )
+        most = max(resource.processes for resource in resources.values())
+        by_cores = max(1, (os.cpu_count() or 1) // most)
+        self._max_jobs = run.max_jobs or (by_cores if self._on_cpu else max(1, len(self._gpus)))
+        self._threads = max(1, (os.cpu_count() or 1) // (self._max_jobs * most))
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._devices: dict[str, list[str]] = {}
+        self._ports: dict[str, int] = {}
+
+    def room(self, level: int) -> int:
+        jobs, gpus = self._max_jobs - len(self._running), self._gpus_of(level)
+        return max(0, jobs if gpus == 0 else min(jobs, len(self._gpus) // gpus))
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            count = self._gpus_of(job.level)
+            self._devices[job.name], self._gpus = self._gpus[:count], self._gpus[count:]
+            self._ports[job.name] = port = self._free_port()
+            with open(job.log, "wb") as log:
+                self._running[job.name] = subprocess.Popen(
+                    self._command(job, port),
+                    env=self._environment(job),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+
+    def ended(self, jobs: Iterable[Job]) -> dict[str, str]:
+        found = {}
+        for job in jobs:
+            code = self._running[job.name].poll() if job.name in self._running else None
+            if code is not None:
+                found[job.name] = in_words(code)
+                self._forget(job.name)
+        return found
+
+    def cancel(self, job: Job) -> None:
+        if job.name in self._running:
+            self._end([job.name])
+
+    def close(self) -> None:
+        self._end(list(self._running))
+
+    def preview(self, jobs: Sequence[Job]) -> list[str]:
+        return [shell(self._command(job, None)) for job in jobs]
+
+    def _command(self, job: Job, port: int | None) -> list[str]:
+        return client_command([str(task) for task in job.tasks], self._resources[job.level], port)
+
+    def _gpus_of(self, level: int) -> int:
+        """A job on a machine with GPUs sees one at least."""
+        wanted = self._resources[level].gpus
+        return wanted if self._on_cpu else max(1, wanted)
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        """Of this process, less the launch it is part of."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in OF_A_LAUNCH and not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+        }
+        kept.setdefault("OMP_NUM_THREADS", str(self._threads))
+        kept[PARENT] = who_i_am()
+        if not self._on_cpu:
+            kept["CUDA_VISIBLE_DEVICES"] = ",".join(self._devices[job.name])
+        elif self._resources[job.level].processes > 1:
+            config = self._resources[job.level].accelerate_config
+            if config is None:  # without it accelerate starts single processes; with it DeepSpeed is dropped
+                kept["ACCELERATE_USE_CPU"] = "true"
+        return kept
+
+    def _free_port(self) -> int:
+        """A port that no running job was given."""
+        while True:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = int(probe.getsockname()[1])
+            if port not in self._ports.values():
+                return port
+
+    def _end(self, names: Sequence[str]) -> None:
+        """A job leads a session of its own: its process group is its processes, but for launchers' workers,
+        which launchers end when they are asked to end.
+        """
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for name in names:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._running[name].pid, number)
+            end = time.monotonic() + TERM_SECONDS
+            while any(self._running[n].poll() is None for n in names) and time.monotonic() < end:
+                time.sleep(0.02)
+        for name in names:
+            self._running[name].wait()
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        del self._running[name], self._ports[name]
+        self._gpus += self._devices.pop(name)
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()] if torch.cuda.is_available() else []
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def in_words(code: int) -> str:
+    """How a process ended."""
+    if code < 0:
+        return f"killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"exit code {code}"

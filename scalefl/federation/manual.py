@@ -1,0 +1,41 @@
+"""Jobs that people start: task files are carried to the clients' machines, and their answers back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from scalefl.config.options import RunConfig
+from scalefl.federation.job import Job
+from scalefl.federation.resources import Resources
+
+log = logging.getLogger("scalefl")
+
+
+class Manual:
+    def __init__(self, run: RunConfig, resources: Mapping[int, Resources]) -> None:
+        """Needs nothing of either."""
+
+    def room(self, level: int) -> int:
+        return 1 << 30
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        for line in self.preview(jobs):
+            log.info("%s", line)
+
+    def ended(self, jobs: Iterable[Job]) -> dict[str, str]:
+        return {}
+
+    def cancel(self, job: Job) -> None:
+        log.warning("%s: no answer was waited for any longer", job.name)
+
+    def close(self) -> None:
+        """Nothing runs here."""
+
+    def preview(self, jobs: Sequence[Job]) -> list[str]:
+        return [
+            f"waiting for the answer to {task}; at the client: scalefl client --task {task.name} "
+            "--data-root DIR"
+            for job in jobs
+            for task in job.tasks
+        ]

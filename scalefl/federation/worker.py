@@ -1,0 +1,180 @@
+"""`scalefl client`: train the tasks in files, for the jobs executor or on a site's own data, and answer in
+files.
+
+Of the frozen base a client holds its level's slice alone, read from disk; its data never enter an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scalefl.batches import Batcher
+from scalefl.config.clientoptions import ClientOptions
+from scalefl.config.derived import adjusts_logits, caches_features
+from scalefl.config.modelfile import ModelFile
+from scalefl.config.options import RunConfig
+from scalefl.config.saved import from_dict
+from scalefl.contracts import ClientTask, ClientUpdate, DataSplits, Example, InputError
+from scalefl.data.images import decode_all
+from scalefl.engine.launch import Engine
+from scalefl.features import FeatureFiles, image_features
+from scalefl.federation import exchange
+from scalefl.federation.attempts import Bench, is_memory_text
+from scalefl.federation.client import ClientTrainer
+from scalefl.federation.exchange import BadFileError, Note
+from scalefl.federation.jobs import FEATURES
+from scalefl.federation.setup import check_launch, read_data
+from scalefl.federation.start import client_store
+from scalefl.federation.stop import StopSignal
+from scalefl.models.store import Store
+from scalefl.registry import resolve
+
+log = logging.getLogger("scalefl")
+
+
+def work(options: ClientOptions) -> None:
+    """Train every task, and answer each as soon as it is done; a client that fails is answered too.
+
+    Raises InputError for files that are no tasks, or that do not belong together.
+    """
+    tasks = [_read_task(Path(path)) for path in options.task]
+    _check_together(tasks)
+    run, model_file = _run_of(tasks[0], options)
+    engine = Engine(run, next_step="its job ends")
+    check_launch(run, engine)
+    model_folder = tasks[0].path.parent / tasks[0].content["model"]
+    family = resolve("arch", run.arch)
+    processor = family.load_processor(str(model_folder))
+    store = client_store(run, model_file, family, model_folder, tasks[0].content, engine)
+    data = read_data(run)
+    train, places = _examples(data, tasks, own=options.data_root is not None)
+    batcher = _batcher(run, engine, store, processor, data, train, model_folder)
+    closed = data.answers is not None
+    answers = tuple(tuple(processor.encode_answer(answer)) for answer in data.answers or ())
+    with StopSignal(engine) as stop:
+        trainer = ClientTrainer(
+            run=run,
+            engine=engine,
+            batcher=batcher,
+            answer_ids=answers if adjusts_logits(run, closed_answers=closed) else None,
+            vocab_size=store.models.vocab_size,
+            check_stop=stop.check,
+            on_step=lambda task, step, steps, loss: None,
+        )
+        _train(trainer, store, tasks, places, options.out)
+    engine.finish()
+
+
+def _train(
+    trainer: ClientTrainer,
+    store: Store,
+    tasks: Sequence[Note],
+    places: Sequence[tuple[int, ...]],
+    out: str | None,
+) -> None:
+    level = tasks[0].content["level"]
+    with Bench(trainer, store, level, tasks[0].tensors()) as bench:
+        for note, ids in zip(tasks, places, strict=True):
+            task = ClientTask(
+                client=note.content["client"], level=level, round=note.content["round"], example_ids=ids
+            )
+            micro = note.content["micro_batch_size"]
+            outcome = bench.train(task, note.content["lr"], micro_batch_size=micro)
+            if trainer.engine.is_main:
+                _answer(note, outcome, Path(out) if out is not None else None)
+
+
+def _answer(note: Note, outcome: Any, out: Path | None) -> None:
+    answered = {"task": note.digest, "client": note.content["client"], "round": note.content["round"]}
+    if isinstance(outcome, ClientUpdate):
+        path = out or exchange.answer_path(note.path, "update")
+        tensors = exchange.write_tensors(path.with_suffix(".safetensors"), outcome.delta)
+        content = {
+            "num_examples": outcome.num_examples,
+            "metrics": dict(outcome.metrics),
+            "batches": outcome.batches,
+            "tensors": tensors,
+        }
+        exchange.write_note(path, "update", {**answered, **content})
+    else:
+        cause = outcome.failures[-1]
+        path = exchange.answer_path(note.path, "failure")
+        content = {"cause": cause, "lacks_memory": is_memory_text(cause)}
+        exchange.write_note(path, "failure", {**answered, **content})
+
+
+def _read_task(path: Path) -> Note:
+    try:
+        return exchange.read_note(path, "task")
+    except (BadFileError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"--task {path}: {reason}; expected a task that a run with --executor jobs wrote, as it wrote it."
+        ) from error
+
+
+def _check_together(tasks: Sequence[Note]) -> None:
+    first = tasks[0].content
+    for task in tasks[1:]:
+        if any(task.content[name] != first[name] for name in ("run", "round", "level", "tensors")):
+            raise InputError(f"--task {task.path}: of another run, round or level than {tasks[0].path}.")
+
+
+def _run_of(task: Note, options: ClientOptions) -> tuple[RunConfig, ModelFile]:
+    """The run's options, but for what this machine has of its own."""
+    content = task.content
+    run = from_dict(RunConfig, content["run"])
+    here = options.save_path or (run.save_path if Path(run.save_path).is_dir() else str(task.path.parent))
+    run = dataclasses.replace(run, save_path=here, client_retries=0, executor="sequential", report_to=())
+    if options.use_gpu is not None:
+        run = dataclasses.replace(run, use_gpu=options.use_gpu)
+    if options.init_from is not None:
+        content["base_source"] = options.init_from
+    if options.data_root is not None:
+        run = dataclasses.replace(run, data_root=options.data_root, data_here="train", use_valid=True)
+    return run, from_dict(ModelFile, content["model_file"])
+
+
+def _examples(
+    data: DataSplits, tasks: Sequence[Note], *, own: bool
+) -> tuple[list[Example], list[tuple[int, ...]]]:
+    """The examples of all tasks, and where those of each task are among them."""
+    train = data.splits["train"]
+    ids_of = [tuple(range(len(train))) if own else tuple(task.content["example_ids"]) for task in tasks]
+    needed = sorted({i for ids in ids_of for i in ids})
+    if needed and needed[-1] >= len(train):
+        raise InputError(
+            f"{data.name}: {len(train)} training examples here, the task names number {needed[-1]}; expected "
+            "the run's own data, or --data-root for those of this client alone."
+        )
+    at = {i: place for place, i in enumerate(needed)}
+    return [train[i] for i in needed], [tuple(at[i] for i in ids) for ids in ids_of]
+
+
+def _batcher(
+    run: RunConfig,
+    engine: Engine,
+    store: Store,
+    processor: Any,
+    data: DataSplits,
+    examples: Sequence[Example],
+    model_folder: Path,
+) -> Batcher:
+    decode = functools.partial(
+        decode_all, read_image=data.read_image, prepare=processor.resize, workers=run.workers
+    )
+    features: Mapping[str, Any] | None = None
+    if caches_features(run):
+        index = model_folder / FEATURES
+        if index.is_file() and run.data_here != "train":
+            features = FeatureFiles.read_index(index)
+            store.drop_vision()
+        else:
+            features = image_features(run, engine, store, processor, examples, decode)
+    pixels = decode(examples) if features is None else {}
+    return Batcher(processor, examples, pixels, engine.device, features)
