@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_cohen_kappa, multiclass_confusion_matrix
 
 from scalefl.batches import Batcher, Candidates
 from scalefl.config.options import RunConfig
@@ -174,6 +173,9 @@ def _by_example(predicted: list[list[int]], nats: list[list[float]], tokens: lis
 
 def grade_metrics(predicted_b: Tensor, labels_b: Tensor, num_classes: int, loss: float | None) -> ExitMetrics:
     """Metrics of predicted against true labels; `UNPARSABLE` counts as the label farthest from the truth."""
+    # Imported late: it takes a second, which processes that only train need not wait for.
+    from torchmetrics.functional.classification import multiclass_cohen_kappa, multiclass_confusion_matrix
+
     unparsable = predicted_b == UNPARSABLE
     farthest = torch.where(labels_b * 2 < num_classes - 1, num_classes - 1, 0)
     predicted_b = torch.where(unparsable, farthest, predicted_b)

@@ -178,8 +178,9 @@ class ExecutorOptions:
     """Seconds that a client may train. Under jobs it then has failed; else the run stops, to be resumed."""
     job_launcher: Literal["local", "slurm", "manual"] = "local"
     """What starts jobs: this machine, SLURM, or people who carry task files to `scalefl client`."""
-    clients_per_job: int = 1
-    """Clients of one level that a job trains in turn."""
+    clients_per_job: int | None = None
+    """Clients of one level that a job trains in turn. Unset: as many as keep max_jobs busy; elsewhere than on
+    this machine 1."""
     max_jobs: int | None = None
     """Jobs at a time. Unset: as many as there are GPUs for, or cores; under slurm no limit."""
     level_resources: str | None = None

@@ -30,6 +30,10 @@ class Launcher(Protocol):
         """How many further jobs of a level may start now."""
         ...
 
+    def bundle(self, clients: int) -> int:
+        """How many of a level's clients, of so many that are ready, a job had better train in turn."""
+        ...
+
     def start(self, jobs: Sequence[Job]) -> None:
         """Start jobs of one level."""
         ...

@@ -120,7 +120,8 @@ class Jobs:
                 for task in sorted(tasks, key=lambda t: t.client)
                 if task.level == level
             ]
-            lines += self._launcher.preview(list(self._bundles(level, files, folder)))
+            size = self._run.clients_per_job or self._launcher.bundle(len(files))
+            lines += self._launcher.preview(self.bundles(level, files, size, folder))
         return lines
 
     def _open(self, folder: Path, tasks: Sequence[ClientTask], state: State, lr: float) -> Desk:
@@ -163,14 +164,15 @@ class Jobs:
             features.write_index(temporary / FEATURES)
         temporary.rename(folder)
 
-    def _bundles(self, level: int, tasks: Sequence[Path], folder: Path) -> Iterator[Job]:
-        size = self._run.clients_per_job
+    def bundles(self, level: int, tasks: Sequence[Path], size: int, folder: Path) -> list[Job]:
+        """Jobs of a level, each with up to `size` of the task files."""
+        jobs = []
         for start in range(0, len(tasks), size):
             self._names[level] += 1
             name = f"level-{level}.job-{self._names[level]:04d}"
-            yield Job(
-                name=name, level=level, tasks=tuple(tasks[start : start + size]), log=folder / f"{name}.log"
-            )
+            files = tuple(tasks[start : start + size])
+            jobs.append(Job(name=name, level=level, tasks=files, log=folder / f"{name}.log"))
+        return jobs
 
 
 class Desk:
@@ -232,12 +234,14 @@ class Desk:
     def _give_out(self) -> None:
         for level in sorted({ticket.task.level for ticket in self._ready}):
             ready = [ticket for ticket in self._ready if ticket.task.level == level]
-            count = min(self._launcher.room(level) * self._run.clients_per_job, len(ready))
-            if count == 0:
+            room = self._launcher.room(level)
+            size = self._run.clients_per_job or self._launcher.bundle(len(ready))
+            given = ready[: room * size]
+            if not given:
                 continue
-            given, by_file = ready[:count], {ticket.file: ticket for ticket in ready}
-            files = [ticket.file for ticket in given if ticket.file is not None]
-            jobs = list(self._jobs._bundles(level, files, self._folder))
+            by_file = {ticket.file: ticket for ticket in given}
+            files = [file for file in by_file if file is not None]
+            jobs = self._jobs.bundles(level, files, size, self._folder)
             self._launcher.start(jobs)
             now = time.monotonic()
             for job in jobs:

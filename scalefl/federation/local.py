@@ -49,6 +49,10 @@ class Local:
         jobs, gpus = self._max_jobs - len(self._running), self._gpus_of(level)
         return max(0, jobs if gpus == 0 else min(jobs, len(self._gpus) // gpus))
 
+    def bundle(self, clients: int) -> int:
+        """A start takes seconds: as few jobs as are at work at once."""
+        return -(-clients // self._max_jobs)
+
     def start(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             count = self._gpus_of(job.level)

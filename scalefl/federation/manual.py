@@ -19,6 +19,9 @@ class Manual:
     def room(self, level: int) -> int:
         return 1 << 30
 
+    def bundle(self, clients: int) -> int:
+        return 1
+
     def start(self, jobs: Sequence[Job]) -> None:
         for line in self.preview(jobs):
             log.info("%s", line)

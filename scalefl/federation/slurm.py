@@ -52,6 +52,9 @@ class Slurm:
     def room(self, level: int) -> int:
         return 1 << 30 if self._max_jobs is None else max(0, self._max_jobs - len(self._running))
 
+    def bundle(self, clients: int) -> int:
+        return 1
+
     def start(self, jobs: Sequence[Job]) -> None:
         """Raises InputError with sbatch's own words if it refuses."""
         folder = jobs[0].log.parent

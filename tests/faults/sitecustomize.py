@@ -1,0 +1,85 @@
+"""Faults in the processes of a run, for tests: with this folder on PYTHONPATH, as `SCALEFL_FAULT` (JSON) says.
+
+`client` and `round`: whose training is hit; `kind`: see `FAULTS`; `times`: attempts that are hit, counted in files
+of the folder `marks`, over all processes.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def _hit(fault: dict) -> bool:
+    """Whether this attempt is hit; it is counted."""
+    marks = Path(fault["marks"])
+    marks.mkdir(parents=True, exist_ok=True)
+    for number in range(fault.get("times", 1)):
+        try:
+            (marks / str(number)).touch(exist_ok=False)
+            return True
+        except FileExistsError:
+            continue
+    return False
+
+
+def _install(fault: dict) -> None:
+    import dataclasses
+
+    import torch
+
+    from scalefl.federation import exchange
+    from scalefl.federation.client import ClientTrainer
+
+    train, write_note = ClientTrainer.train, exchange.write_note
+
+    def faulty(self, session, task, sent, lr):
+        chosen = task.client == fault["client"] and task.round == fault.get("round", 1)
+        if not chosen or not _hit(fault):
+            return train(self, session, task, sent, lr)
+        kind = fault["kind"]
+        if kind == "raise":
+            raise RuntimeError("a fault")
+        if kind == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "sleep":
+            time.sleep(3600)
+        if kind == "fill":
+            _fill(Path(fault["folder"]) / "filler")
+        update = train(self, session, task, sent, lr)
+        delta = {name: tensor.clone() for name, tensor in update.delta.items()}
+        if kind == "nan" and delta:
+            next(iter(delta.values())).view(-1)[0] = torch.nan
+        if kind == "shapes" and delta:
+            name = next(iter(delta))
+            delta[name] = torch.zeros(3, 5)
+        if kind == "truncate":
+            exchange.write_note = truncating
+        return dataclasses.replace(update, delta=delta)
+
+    def truncating(path, name, content):
+        tensors = path.parent / content["tensors"]["file"]
+        with open(tensors, "rb+") as file:
+            file.truncate(tensors.stat().st_size // 2)
+        exchange.write_note = write_note
+        return write_note(path, name, content)
+
+    ClientTrainer.train = faulty
+
+
+def _fill(path: Path) -> None:
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
+if "SCALEFL_FAULT" in os.environ:
+    _install(json.loads(os.environ["SCALEFL_FAULT"]))
