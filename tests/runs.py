@@ -213,16 +213,23 @@ class Job:
         return self.process.wait(timeout=seconds)
 
 
-def launched(folder: Path, launch: str, command: Sequence[str]) -> Job:
-    """`python COMMAND`, or two such processes under "ddp" or one of ds_configs/."""
+def resume(run_folder: Path, *typed: str) -> int:
+    """Go on with a run in this process; its exit code."""
+    forget_launch()
+    return main(["train", "--resume", str(run_folder), *typed])
+
+
+def launched(folder: Path, launch: str, command: Sequence[str], processes: int = 2, **variables: str) -> Job:
+    """`python COMMAND`, or several such processes under "ddp" or one of ds_configs/."""
     root = Path(__file__).resolve().parents[1]
-    variables = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    variables = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"} | variables
     if launch == "single":
         return Job(folder, command, **variables)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launcher += ["--main_process_port", port]
     if launch == "ddp":
         ddp = ["--config_file", str(root / "accelerate_configs" / "ddp_cpu.yaml")]
         return Job(folder, [*launcher, *ddp, *command], **variables)

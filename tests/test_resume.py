@@ -13,6 +13,7 @@ from runs import (
     largest_difference,
     load_latest,
     records,
+    resume,
     same_bits,
     start,
     state,
@@ -32,11 +33,6 @@ MANY_SAVES = {"save_every_seconds": 0.0, "KD_start": 0.0}
 def whole(tmp_path_factory):
     """An uninterrupted run of three rounds."""
     return start(tmp_path_factory.mktemp("whole"), **MANY_SAVES, num_rounds=3)
-
-
-def resume(run_folder, *typed):
-    forget_launch()
-    return main(["train", "--resume", str(run_folder), *typed])
 
 
 def assert_same_run(run_folder, expected, rounds=3):

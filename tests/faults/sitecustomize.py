@@ -1,7 +1,8 @@
-"""Faults in the processes of a run, for tests: with this folder on PYTHONPATH, as `SCALEFL_FAULT` (JSON) says.
+"""Faults in the processes of a run, for tests that put this folder on PYTHONPATH.
 
-`client` and `round`: whose training is hit; `kind`: see `FAULTS`; `times`: attempts that are hit, counted in files
-of the folder `marks`, over all processes.
+`SCALEFL_FAULT`, a JSON object, says which: `client` and `round`, whose training is hit; `kind`, what happens;
+`times`, how many attempts are hit, counted over all processes in files of the folder `marks`; `unseen`, that
+the client's own check is passed.
 """
 
 import json
@@ -70,6 +71,10 @@ def _install(fault: dict) -> None:
         return write_note(path, name, content)
 
     ClientTrainer.train = faulty
+    if fault.get("unseen"):
+        from scalefl.federation import attempts
+
+        attempts.unusable = lambda delta, shapes: None
 
 
 def _fill(path: Path) -> None:

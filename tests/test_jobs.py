@@ -1,0 +1,489 @@
+"""The jobs executor: clients in processes of their own, with files between, and what happens when they fail."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from runs import (
+    Job,
+    arguments,
+    federation,
+    forget_launch,
+    largest_difference,
+    records,
+    resume,
+    same_bits,
+    start,
+    state,
+)
+
+from scalefl.cli import main
+from scalefl.federation import exchange, jobs, worker
+from scalefl.federation.attempts import halved, is_memory_text, unusable
+from scalefl.federation.exchange import BadFileError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+OPTIONS = {"num_rounds": 1, "num_clients": 4, "KD_start": 0.0, "tuning": "lora", "lora_targets": ["q_proj"]}
+IN_JOBS = {**OPTIONS, "executor": "jobs", "max_jobs": 2, "clients_per_job": 2}
+
+ROUNDING = 1e-6
+"""As in `test_parallel.py`."""
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The run in one process."""
+    return start(tmp_path_factory.mktemp("expected"), **OPTIONS)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Makes processes that are started find this code, and the faults that a test asks for."""
+    path = os.pathsep.join(map(str, (ROOT / "tests" / "faults", ROOT, ROOT / "tests")))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def faulty(folder, kind, **more):
+        fault = {"client": 1, "kind": kind, "marks": str(folder / "marks"), **more}
+        monkeypatch.setenv("SCALEFL_FAULT", json.dumps(fault))
+
+    return faulty
+
+
+def client_processes(folder):
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            shown = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"client" in shown and any(str(folder).encode() in part for part in shown):
+                found.append(int(entry.name))
+    return found
+
+
+def knees(folder, counts):
+    """Radiographs of noise, a patient each, their grades in turn."""
+    for split, count in counts.items():
+        for number in range(count):
+            path = folder / split / str(number % 5) / f"9000{len(split)}{number:02d}L.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(number).integers(0, 255, (28, 28), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+    return folder
+
+
+def assert_nothing_is_left(run_folder):
+    assert client_processes(run_folder) == []
+    assert [path.name for path in (run_folder / "jobs").iterdir()] == ["model"]
+    assert not list(run_folder.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.4])
+def test_jobs_give_the_bits_of_one_process(tmp_path, processes, tuning, dropout_rate):
+    """On the same batches; what travelled is the trainable slices and no byte more."""
+    options = {"num_rounds": 2, "num_clients": 5, "tuning": tuning, "dropout_rate": dropout_rate}
+    (tmp_path / "one").mkdir()
+    one = start(tmp_path / "one", **options)
+    run_folder = start(tmp_path, executor="jobs", max_jobs=2, clients_per_job=3, **options)
+    assert same_bits(state(run_folder, 2), state(one, 2))
+    assert records(run_folder) == records(one)
+    assert_nothing_is_left(run_folder)
+    fed = federation(tmp_path / "one", **options)
+    for record in records(run_folder):
+        sent = sum(fed.store.models.slice_bytes(client["level"]) for client in record["clients"])
+        assert record["bytes_down"] == record["bytes_up"] == sent > 0
+
+
+@pytest.mark.slow
+def test_files_hold_the_trainable_slices_alone(tmp_path, processes, monkeypatch):
+    written = []
+    write = exchange.write_tensors
+    monkeypatch.setattr(exchange, "write_tensors", lambda *args: written.append(write(*args)) or written[-1])
+    answers = []
+    load = exchange.Note.tensors
+    monkeypatch.setattr(exchange.Note, "tensors", lambda self: answers.append(self) or load(self))
+    run_folder = start(tmp_path, **IN_JOBS)
+    models = federation(tmp_path, **OPTIONS).store.models
+    assert [said["bytes"] for said in written] == [models.slice_bytes(level) for level in (1, 2)]
+    merged = {note.content["client"]: note.content["tensors"]["bytes"] for note in answers}
+    for client in records(run_folder)[0]["clients"]:
+        assert merged[client["client"]] == models.slice_bytes(client["level"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "more", "options", "cause"),
+    [
+        ("raise", {}, {}, "RuntimeError: a fault"),
+        ("kill", {}, {}, "its job ended without an answer (killed by signal 9 (SIGKILL))"),
+        ("sleep", {}, {"client_timeout": 4.0}, "trains for longer than --client_timeout 4 (seconds)"),
+        ("nan", {}, {}, "update is not finite in "),
+        ("nan", {"unseen": True}, {}, "update is not finite in "),
+        ("shapes", {"unseen": True}, {}, "update is of another level: "),
+        ("truncate", {}, {}, "client-0001.a1.update.safetensors is cut off"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_client_that_fails_once_is_tried_again(tmp_path, processes, expected, kind, more, options, cause):
+    """And the run is the run without the failure, bit for bit; the cause is in its record."""
+    processes(tmp_path, kind, **more)
+    run_folder = start(tmp_path, **IN_JOBS, **options)
+    assert same_bits(state(run_folder, 1), state(expected, 1))
+    (record,) = records(run_folder)
+    failures = {client["client"]: client["failures"] for client in record["clients"]}
+    assert [client for client, causes in failures.items() if causes] == [1]
+    assert len(failures[1]) == 1
+    assert cause in failures[1][0]
+    assert record["left_out"] == 0
+    assert_nothing_is_left(run_folder)
+
+
+@pytest.mark.slow
+def test_a_frozen_client_is_given_up(tmp_path, processes, expected, monkeypatch):
+    """Its own watchdog is frozen with it; the main process waits for the timeout, and some time to start."""
+    monkeypatch.setattr(jobs, "START_SECONDS", 25.0)
+    processes(tmp_path, "freeze")
+    run_folder = start(tmp_path, **IN_JOBS, client_timeout=5.0)
+    assert same_bits(state(run_folder, 1), state(expected, 1))
+    failures = [text for client in records(run_folder)[0]["clients"] for text in client["failures"]]
+    assert failures == ["no answer within --client_timeout 5 and 25 s to start"]
+    assert_nothing_is_left(run_folder)
+
+
+@pytest.mark.slow
+def test_a_client_that_lacks_memory_takes_smaller_passes(tmp_path, processes, expected, monkeypatch):
+    sizes = []
+    write = exchange.write_note
+
+    def note(path, kind, content):
+        if content.get("client") == 1:
+            sizes.append(content["micro_batch_size"])
+        return write(path, kind, content)
+
+    monkeypatch.setattr(exchange, "write_note", note)
+    processes(tmp_path, "memory", times=3)
+    run_folder = start(tmp_path, **IN_JOBS, client_retries=3)
+    assert sizes == [None, 2, 1, 1]
+    assert largest_difference(state(run_folder, 1), state(expected, 1)) <= ROUNDING
+    failures = [text for client in records(run_folder)[0]["clients"] for text in client["failures"]]
+    assert failures == ["OutOfMemoryError: CUDA out of memory"] * 3
+
+
+@pytest.mark.slow
+def test_a_client_that_goes_on_failing_is_left_out(tmp_path, processes, capsys):
+    processes(tmp_path, "raise", times=9)
+    run_folder = start(tmp_path, **IN_JOBS, client_retries=2)
+    (record,) = records(run_folder)
+    left_out = [client for client in record["clients"] if not client["delivered"]]
+    assert [(c["client"], c["failures"]) for c in left_out] == [(1, ["RuntimeError: a fault"] * 3)]
+    assert record["left_out"] == 1
+    assert "1 left out" in capsys.readouterr().out
+    assert_nothing_is_left(run_folder)
+
+
+@pytest.mark.slow
+def test_too_few_clients_stop_the_run_which_goes_on_from_there(tmp_path, processes, expected, capsys):
+    processes(tmp_path, "raise", times=1)
+    forget_launch()
+    code = main(arguments(tmp_path, **IN_JOBS, client_retries=0, min_clients=4))
+    assert code == 75
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("scalefl:")]
+    assert line == (
+        "scalefl: round 1: 3 client(s) delivered, --min_clients is 4; the last failure: RuntimeError: a "
+        f"fault; stopped; go on with `scalefl train --resume {tmp_path / 'run'}`."
+    )
+    assert client_processes(tmp_path) == []
+    assert resume(tmp_path / "run") == 0
+    assert largest_difference(state(tmp_path / "run", 1), state(expected, 1)) <= ROUNDING
+    assert_nothing_is_left(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which root alone may")
+def test_a_client_that_fills_the_disk(tmp_path, processes, expected, capsys):
+    """One line, exit code 2; with room again the run goes on."""
+    disk = tmp_path / "run" / "jobs"
+    disk.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], check=True)
+    try:
+        processes(tmp_path, "fill", folder=str(disk))
+        forget_launch()
+        assert main(arguments(tmp_path, **IN_JOBS)) == 2
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("scalefl:")]
+        assert "No space left on device; free some space" in line
+        assert client_processes(tmp_path) == []
+        (disk / "filler").unlink()
+        assert resume(tmp_path / "run") == 0
+        assert same_bits(state(tmp_path / "run", 1), state(expected, 1))
+        assert_nothing_is_left(tmp_path / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_clients_killed_at_random_moments(tmp_path, processes):
+    """kill -9 of a client's process, ten times in a run, whatever it does then."""
+    options = {**IN_JOBS, "num_rounds": 6, "client_retries": 20}
+    (tmp_path / "one").mkdir()
+    one = start(tmp_path / "one", **{**OPTIONS, "num_rounds": 6})
+    moments, killed, over = random.Random(3), [], threading.Event()
+
+    def kill():
+        while not over.wait(moments.uniform(0.5, 5.0)) and len(killed) < 10:
+            for number in client_processes(tmp_path)[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+                    killed.append(number)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        run_folder = start(tmp_path, **options)
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) >= 5
+    assert same_bits(state(run_folder, 6), state(one, 6))
+    assert_nothing_is_left(run_folder)
+
+
+@pytest.mark.slow
+def test_the_main_process_killed_at_random_moments(tmp_path, processes):
+    """kill -9, five times in a run: clients end by themselves, and what they answered is not trained again."""
+    options = {**IN_JOBS, "num_rounds": 4, "save_every_seconds": 0.0}
+    (tmp_path / "one").mkdir()
+    one = start(tmp_path / "one", **{**OPTIONS, "num_rounds": 4})
+    command = ["-m", "scalefl", *arguments(tmp_path, "--resume", **options)]
+    moments = random.Random(5)
+    for _ in range(5):
+        with Job(tmp_path, command, PYTHONPATH=os.environ["PYTHONPATH"]) as job:
+            job.wait_for("client  ")
+            time.sleep(moments.uniform(0.2, 12.0))
+            if job.process.poll() is not None:
+                break
+            os.kill(job.process.pid, signal.SIGKILL)
+            job.process.wait()
+            end = time.monotonic() + 20
+            while client_processes(tmp_path) and time.monotonic() < end:
+                time.sleep(0.1)
+            assert client_processes(tmp_path) == []
+    assert resume(tmp_path / "run") == 0
+    assert same_bits(state(tmp_path / "run", 4), state(one, 4))
+    assert_nothing_is_left(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_ends_jobs_and_leaves_a_checkpoint(tmp_path, processes):
+    options = {**IN_JOBS, "num_epoch": 3000}
+    with Job(tmp_path, ["-m", "scalefl", *arguments(tmp_path, **options)]) as job:
+        job.wait_for("client  ")
+        end = time.monotonic() + 60
+        while not client_processes(tmp_path) and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.end(seconds=30) == 143, job.output
+    assert client_processes(tmp_path) == []
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-0001-part"]
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes(tmp_path, processes, expected):
+    """Level 2 by two processes under DDP, level 1 by one."""
+    path = tmp_path / "resources.yaml"
+    config = str(ROOT / "accelerate_configs" / "ddp_cpu.yaml")
+    path.write_text(yaml.safe_dump({2: {"processes": 2}}))
+    run_folder = start(tmp_path, "--level_resources", str(path), **IN_JOBS)
+    assert largest_difference(state(run_folder, 1), state(expected, 1)) <= ROUNDING
+    assert_nothing_is_left(run_folder)
+    path.write_text(yaml.safe_dump({"default": {"accelerate_config": config}, 2: {"processes": 3}}))
+    forget_launch()
+    (tmp_path / "again").mkdir()
+    assert main(arguments(tmp_path / "again", "--level_resources", str(path), **IN_JOBS)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"tuning": "full"}, {"tuning": "lora", "quantization": "int8"}], ids=str)
+def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options):
+    """Files are carried: the site sees neither the run's folder nor its data, the run not the site's."""
+    own = knees(tmp_path / "own", {"train": 6})
+    here = knees(tmp_path / "here", {"test": 5, "val": 5})
+    settings = {**OPTIONS, "num_clients": 2, "data": "kneexray", **options}
+    command = arguments(
+        tmp_path,
+        *("--data_root", str(here), "--data_here", "held_out", "--client_levels", "1", "2"),
+        **{**settings, "executor": "jobs", "job_launcher": "manual"},
+    )
+    with Job(tmp_path, ["-m", "scalefl", *command]) as job:
+        folder = tmp_path / "run" / "jobs" / "round-0001"
+        tasks = [folder / f"client-000{client}.a1.task.json" for client in (0, 1)]
+        end = time.monotonic() + 90
+        while not all(task.is_file() for task in tasks):
+            assert time.monotonic() < end and job.process.poll() is None, job.output
+            time.sleep(0.1)
+        site = tmp_path / "site"
+        shutil.copytree(folder, site / "jobs" / "round-0001")
+        shutil.copytree(folder.parent / "model", site / "jobs" / "model")
+        hidden = (tmp_path / "run").rename(tmp_path / "hidden")
+        here.rename(tmp_path / "hidden data")
+        for task in tasks:
+            at_site = site / "jobs" / "round-0001" / task.name
+            answer = site / f"{task.name.split('.')[0]}.json"
+            forget_launch()
+            assert (
+                main(["client", "--task", str(at_site), "--data_root", str(own), "--out", str(answer)]) == 0
+            )
+        (tmp_path / "hidden data").rename(here)
+        hidden.rename(tmp_path / "run")
+        shown = "".join(path.read_text(errors="replace") for path in site.glob("client-*"))
+        assert "9000" not in shown and ".png" not in shown, "names of images or patients travelled"
+        for task in tasks:
+            answer = site / f"{task.name.split('.')[0]}.json"
+            update = exchange.answer_path(task, "update")
+            shutil.copy(answer.with_suffix(".safetensors"), folder)
+            shutil.copy(answer, update)
+        assert job.end() == 0, job.output
+    (record,) = records(tmp_path / "run")
+    assert [client["examples"] for client in record["clients"]] == [6, 6]
+
+
+def test_a_dry_run_launches_nothing(tmp_path, capsys):
+    forget_launch()
+    assert main(arguments(tmp_path, "--dry_run", **IN_JOBS)) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if " -m scalefl client --task " in line]
+    assert len(lines) == 2
+    assert "client-0001.a1.task.json" in shown
+    assert not (tmp_path / "run" / "jobs").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def note(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    tensors = exchange.write_tensors(folder / "update.safetensors", {"w": torch.arange(6.0)})
+    content = {"task": "this one", "tensors": tensors, **changes}
+    exchange.write_note(folder / "update.json", "update", content)
+    return folder / "update.json"
+
+
+def test_a_file_that_is_not_what_was_written_is_never_read(tmp_path):
+    path = note(tmp_path)
+    assert torch.equal(
+        exchange.read_note(path, "update", answers="this one").tensors()["w"], torch.arange(6.0)
+    )
+    whole = path.read_bytes()
+    for spoilt in (whole[:-20], b"", b"[]", b"{}", whole.replace(b"this one", b"that one")):
+        path.write_bytes(spoilt)
+        with pytest.raises(BadFileError):
+            exchange.read_note(path, "update")
+    path.write_bytes(whole)
+    for kind, answers, reason in (
+        ("task", None, "is a update"),
+        ("update", "another", "answers another task"),
+    ):
+        with pytest.raises(BadFileError, match=reason):
+            exchange.read_note(path, kind, answers=answers)
+    tensors = tmp_path / "update.safetensors"
+    for spoilt in (tensors.read_bytes()[:-4], tensors.read_bytes()[:-1] + b"x"):
+        tensors.write_bytes(spoilt)
+        with pytest.raises(BadFileError, match="cut off, or has changed"):
+            exchange.read_note(path, "update").tensors()
+    tensors.unlink()
+    with pytest.raises(BadFileError, match="cannot be read"):
+        exchange.read_note(path, "update").tensors()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_note_names_a_file_beside_it(tmp_path):
+    """And nowhere else: an answer from outside must not make the main process read other files."""
+    (tmp_path / "elsewhere").mkdir()
+    note(tmp_path / "elsewhere")
+    said = exchange.read_note(tmp_path / "elsewhere" / "update.json", "update").content["tensors"]
+    path = note(tmp_path / "here", tensors={**said, "file": "../elsewhere/update.safetensors"})
+    (tmp_path / "here" / "update.safetensors").unlink()
+    with pytest.raises(BadFileError, match="cannot be read"):
+        exchange.read_note(path, "update").tensors()
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ([], "--task: nothing given; expected the task files of a run with --executor jobs."),
+        (["--task", "nowhere.json"], "--task nowhere.json: No such file or directory; expected a task that"),
+        (["--task", "run.yaml"], "--task run.yaml: run.yaml is no whole file"),
+        (
+            ["--task", "a.json", "b.json", "--out", "c.json"],
+            "--out: got c.json for 2 task(s); expected a file",
+        ),
+        (["--tusk", "a.json"], "--tusk: no option of `scalefl client`; see `scalefl client --help`."),
+    ],
+)
+def test_what_is_no_task_is_refused(tmp_path, monkeypatch, capsys, typed, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("num_rounds: 3")
+    assert main(["client", *typed]) == 2
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert shown.startswith(f"scalefl: {line}")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({3: {"gpus": 1}}, "unknown level 3; expected default or one of 1, 2."),
+        ({1: {"gpu": 1}}, "1: unknown name 'gpu'; did you mean 'gpus'? known: "),
+        ({1: {"processes": 0}}, "1: processes: got 0; expected a whole number >= 1."),
+        ({1: {"sbatch": "--time=1"}}, "1: sbatch: got '--time=1'; expected a list such as ['--time=60']."),
+        ({1: {"accelerate_config": "no.yaml"}}, "1: accelerate_config: no file no.yaml; expected one for"),
+        ({1: 4}, "1: got 4; expected entries such as processes: 4."),
+        ({1: {"gpus": 99}}, "level 1 asks for 99 GPU(s), this machine shows 0"),
+    ],
+)
+def test_resources_that_cannot_be_are_refused(tmp_path, capsys, content, line):
+    path = tmp_path / "resources.yaml"
+    path.write_text(yaml.safe_dump(content))
+    forget_launch()
+    assert main(arguments(tmp_path, "--level_resources", str(path), **IN_JOBS)) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "jobs").exists()
+
+
+def test_what_cannot_be_merged_has_a_reason():
+    shapes = {"a": (2, 3), "b": (4,)}
+    good = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    assert unusable(good, shapes) is None
+    assert unusable({**good, "b": torch.full((4,), torch.inf)}, shapes) == "update is not finite in b"
+    assert "b has shape (5,); expected (4,)" in unusable({**good, "b": torch.zeros(5)}, shapes)
+    assert "b has shape nothing; expected (4,)" in unusable({"a": good["a"]}, shapes)
+    assert "c has shape (1,); expected nothing" in unusable({**good, "c": torch.zeros(1)}, shapes)
+
+
+def test_half_of_a_pass_still_divides_the_step(tmp_path):
+    run = federation(tmp_path).run
+    for batch_size, micro, processes, half in ((12, None, 1, 6), (12, 6, 1, 3), (12, 3, 1, 1), (12, 1, 1, 1)):
+        changed = jobs.dataclasses.replace(run, batch_size=batch_size, micro_batch_size=micro)
+        assert halved(changed, processes) == half
+    assert halved(jobs.dataclasses.replace(run, batch_size=12), 2) == 3
+    assert is_memory_text("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    assert is_memory_text("MemoryError: no text") and not is_memory_text("RuntimeError: a fault")
+
+
+def test_examples_of_several_tasks_are_read_once():
+    """Each task's places point at its own examples among those of all."""
+    data = type("Data", (), {"name": "d", "splits": {"train": tuple("abcdef")}})
+    tasks = [type("Note", (), {"content": {"example_ids": ids}}) for ids in ([5, 1], [2, 1])]
+    examples, places = worker._examples(data, tasks, own=False)
+    assert [[examples[i] for i in ids] for ids in places] == [["f", "b"], ["c", "b"]]
+    examples, places = worker._examples(data, tasks[:1], own=True)
+    assert examples == list("abcdef") and places == [tuple(range(6))]

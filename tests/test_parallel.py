@@ -1,0 +1,192 @@
+"""Where clients train does not matter: in one process, in several together, or in several apart."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import (
+    arguments,
+    federation,
+    forget_launch,
+    largest_difference,
+    launched,
+    load_latest,
+    records,
+    resume,
+    same_bits,
+    start,
+    state,
+)
+
+from scalefl.contracts import ClientTask, InputError
+from scalefl.federation.workload import deal, examples_trained
+
+ROUNDING = 1e-6
+"""Sums of five clients' changes of size 0.1 in another order, 2^-24 a term, in two rounds; the change of the
+weights is about 0.1.
+"""
+
+OPTIONS = {"num_clients": 5, "num_rounds": 2, "num_epoch": 2, "KD_start": 0.0}
+
+
+def same_work(one, other):
+    """The same clients on the same batches, by their recorded digests, and the same who did not deliver."""
+    for ours, theirs in zip(records(one), records(other), strict=True):
+        shown = [{c["client"]: c["batches"] for c in record["clients"]} for record in (ours, theirs)]
+        assert shown[0] == shown[1]
+        assert ours["missing"] == theirs["missing"]
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory):
+    """Runs of one process by their options, made once."""
+    made = {}
+
+    def run(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in made:
+            made[key] = start(tmp_path_factory.mktemp("sequential"), **OPTIONS, **options)
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.4])
+def test_one_process_alone_gives_the_same_bits(tmp_path, sequential, tuning, dropout_rate):
+    options = {"tuning": tuning, "dropout_rate": dropout_rate}
+    alone = start(tmp_path, executor="parallel", **OPTIONS, **options)
+    expected = sequential(**options)
+    assert same_bits(state(alone, 2), state(expected, 2))
+    same_work(alone, expected)
+    assert any(record["missing"] for record in records(alone)) == bool(dropout_rate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "tuning", "dropout_rate"),
+    [
+        (2, "full", 0.0),
+        (2, "lora", 0.0),
+        (2, "full", 0.4),
+        (2, "lora", 0.4),
+        (3, "lora", 0.0),
+        (7, "full", 0.4),
+    ],
+)
+def test_ranks_with_clients_of_their_own(tmp_path, sequential, processes, tuning, dropout_rate):
+    """Seven processes: more than clients, so that some never train."""
+    options = {"tuning": tuning, "dropout_rate": dropout_rate}
+    command = ["-m", "scalefl", *arguments(tmp_path, executor="parallel", **OPTIONS, **options)]
+    with launched(tmp_path, "ddp", command, processes=processes) as job:
+        assert job.end() == 0, job.output
+        assert job.running() == []
+    expected = sequential(**options)
+    assert largest_difference(state(tmp_path / "run", 2), state(expected, 2)) <= ROUNDING
+    same_work(tmp_path / "run", expected)
+    assert job.output.count("round 1/2") == 1, "only rank 0 speaks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [{"executor": "sequential"}, {"executor": "parallel"}], ids=str)
+def test_ranks_in_bf16_with_dropout_in_the_adapters(tmp_path, together):
+    """A rank alone draws what one process draws; ranks together draw other dropout, so it is off for them."""
+    dropout = 0.1 if together["executor"] == "parallel" else 0.0
+    options = {**OPTIONS, "tuning": "lora", "precision": "bf16", "lora_dropout": dropout, "batch_size": 4}
+    one = start(tmp_path, **options)
+    folder = tmp_path / "two"
+    folder.mkdir()
+    with launched(folder, "ddp", ["-m", "scalefl", *arguments(folder, **options, **together)]) as job:
+        assert job.end() == 0, job.output
+    change = largest_difference(state(one, 2), federation(tmp_path, tuning="lora").initial_state)
+    bound = ROUNDING if together["executor"] == "parallel" else 0.02 * change
+    assert largest_difference(state(one, 2), state(folder / "run", 2)) <= bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_stopped_run_goes_on_with_other_processes(tmp_path, sequential, processes):
+    """Each rank leaves what it has; whoever goes on takes it all over, once."""
+    options = {"tuning": "full", "dropout_rate": 0.0}
+    more = {**OPTIONS, **options, "save_every_seconds": 0.0, "executor": "parallel"}
+    with launched(tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **more, print_freq=1)]) as job:
+        job.wait_for("round 1/2")
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.end() != 0
+        assert job.running() == []
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert load_latest(checkpoints) is not None
+    if processes == 1:
+        assert resume(tmp_path / "run") == 0
+    else:
+        command = ["-m", "scalefl", "train", "--resume", str(tmp_path / "run")]
+        with launched(tmp_path, "ddp", command, processes=processes) as job:
+            assert job.end() == 0, job.output
+    assert largest_difference(state(tmp_path / "run", 2), state(sequential(**options), 2)) <= ROUNDING
+    same_work(tmp_path / "run", sequential(**options))
+    assert not list(checkpoints.glob("rank-*")) + list(checkpoints.glob("*part"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run_resumably(tmp_path, sequential):
+    options = {"tuning": "full", "dropout_rate": 0.0}
+    more = {**OPTIONS, **options, "save_every_seconds": 0.0, "executor": "parallel", "print_freq": 1}
+    with launched(tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **more)]) as job:
+        job.wait_for("step 1/")
+        ranks = [number for number in job.running() if number != job.process.pid]
+        os.kill(max(ranks), signal.SIGKILL)
+        assert job.end(seconds=60) != 0
+        assert job.running() == []
+    assert resume(tmp_path / "run") == 0
+    assert largest_difference(state(tmp_path / "run", 2), state(sequential(**options), 2)) <= ROUNDING
+
+
+@pytest.mark.slow
+def test_ranks_end_without_their_launcher(tmp_path):
+    more = {**OPTIONS, "num_epoch": 5000, "executor": "parallel", "print_freq": 1}
+    with launched(tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **more)]) as job:
+        job.wait_for("step 1/")
+        os.kill(job.process.pid, signal.SIGKILL)
+        end = time.monotonic() + 30
+        while job.running() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert job.running() == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 50)), max_size=30),
+    st.integers(1, 8),
+)
+def test_every_task_is_dealt_once_and_the_longest_first(shown, num_ranks):
+    """No rank has more than the mean and one longest task: the bound of longest-first dealing."""
+    tasks = [
+        ClientTask(client=client, level=level, round=1, example_ids=tuple(range(examples)))
+        for client, (level, examples) in enumerate(shown)
+    ]
+    costs = {task.client: float(task.level * len(task.example_ids)) for task in tasks}
+    ranks = deal(tasks, costs, num_ranks)
+    assert sorted(task.client for mine in ranks for task in mine) == list(range(len(tasks)))
+    loads = [sum(costs[task.client] for task in mine) for mine in ranks]
+    assert max(loads) <= sum(costs.values()) / num_ranks + max(costs.values(), default=0.0) + 1e-9
+
+
+@pytest.mark.parametrize("options", [{"num_epoch": 2}, {"local_steps": 3}], ids=str)
+def test_work_in_advance_is_the_work_that_is_done(tmp_path, options):
+    """Steps of up to four examples."""
+    run_folder = start(tmp_path, num_rounds=1, **options)
+    run = federation(tmp_path, **options).run
+    for client in records(run_folder)[0]["clients"]:
+        examples = examples_trained(run, client["examples"])
+        assert examples <= 4 * client["steps"] < examples + 4 * run.num_epoch
+
+
+def test_parallel_is_refused_under_deepspeed(tmp_path):
+    engine = federation(tmp_path).engine
+    engine._zero = object()
+    with pytest.raises(InputError, match="--executor: got parallel under DeepSpeed"):
+        engine.alone()
+    forget_launch()
