@@ -1,4 +1,4 @@
-"""The jobs executor: clients in processes of their own, with files between, and what happens when they fail."""
+"""The jobs executor: clients in processes of their own, files between, and what becomes of failures."""
 
 import contextlib
 import json
@@ -263,7 +263,7 @@ def test_clients_killed_at_random_moments(tmp_path, processes):
 
 @pytest.mark.slow
 def test_the_main_process_killed_at_random_moments(tmp_path, processes):
-    """kill -9, five times in a run: clients end by themselves, and what they answered is not trained again."""
+    """kill -9, five times in a run: clients end by themselves; what they answered is not trained again."""
     options = {**IN_JOBS, "num_rounds": 4, "save_every_seconds": 0.0}
     (tmp_path / "one").mkdir()
     one = start(tmp_path / "one", **{**OPTIONS, "num_rounds": 4})
@@ -421,11 +421,11 @@ def test_a_note_names_a_file_beside_it(tmp_path):
     ("typed", "line"),
     [
         ([], "--task: nothing given; expected the task files of a run with --executor jobs."),
-        (["--task", "nowhere.json"], "--task nowhere.json: No such file or directory; expected a task that"),
+        (["--task", "nowhere.json"], "--task nowhere.json: No such file or directory; expected a task"),
         (["--task", "run.yaml"], "--task run.yaml: run.yaml is no whole file"),
         (
             ["--task", "a.json", "b.json", "--out", "c.json"],
-            "--out: got c.json for 2 task(s); expected a file",
+            "--out: got c.json for 2 task(s); expected a",
         ),
         (["--tusk", "a.json"], "--tusk: no option of `scalefl client`; see `scalefl client --help`."),
     ],
