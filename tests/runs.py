@@ -113,7 +113,7 @@ def records(run_folder: Path, *, timings: bool = False) -> list[dict[str, Any]]:
     rounds = [json.loads(line, parse_constant=refuse) for line in lines]
     if not timings:
         for record in rounds:
-            del record["peak_memory_bytes"]
+            del record["peak_memory_bytes"], record["training_seconds"]
             for part in (record, *record["clients"]):
                 part.pop("seconds", None)  # of a client that failed there is none
     return rounds

@@ -56,8 +56,8 @@ def processes(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def faulty(folder, kind, **more):
-        fault = {"client": 1, "kind": kind, "marks": str(folder / "marks"), **more}
+    def faulty(at, kind, **more):
+        fault = {"client": 1, "kind": kind, "marks": str(at / "marks"), **more}
         monkeypatch.setenv("SCALEFL_FAULT", json.dumps(fault))
 
     return faulty

@@ -176,8 +176,9 @@ class ExecutorOptions:
     """Clients that must deliver in a round. With fewer the run stops, to be resumed."""
     client_timeout: float | None = None
     """Seconds that a client may train. Under jobs it then has failed; else the run stops, to be resumed."""
-    job_launcher: Literal["local", "slurm", "manual"] = "local"
-    """What starts jobs: this machine, SLURM, or people who carry task files to `scalefl client`."""
+    job_launcher: str = "local"
+    """What starts jobs: this machine (local), slurm, or people who carry files to `scalefl client` (manual); or
+    package.module:Name of your own."""
     clients_per_job: int | None = None
     """Clients of one level that a job trains in turn. Unset: as many as keep max_jobs busy; elsewhere than on
     this machine 1."""

@@ -78,6 +78,7 @@ class RoundLoop:
             clients = self._gather(merge, clients)
             self._check_delivered(number, clients)
             state = self._merged(merge, before.state)
+            training_seconds = time.perf_counter() - started
             evaluation = self._evaluate(number, state)
         except (Interrupted, Unfinished):
             self._save_part(before, merge, clients)
@@ -85,7 +86,8 @@ class RoundLoop:
         finally:
             self._display.stop()
         best = self._best(before.best, number, evaluation)
-        record = self._record(number, lr, clients, evaluation, time.perf_counter() - started, simulation)
+        seconds = {"seconds": time.perf_counter() - started, "training_seconds": training_seconds}
+        record = self._record(number, lr, clients, evaluation, seconds, simulation)
         self._display.line(_round_line(record, self._run.num_rounds))
         metrics_bytes = self._folder.append_metrics(record, at=before.metrics_bytes)
         self._track(record)
@@ -105,6 +107,8 @@ class RoundLoop:
             "delivered": isinstance(outcome, ClientUpdate),
             "failures": list(outcome.failures),
         }
+        if self._executor.splits:
+            record["rank"] = self._engine.rank
         if isinstance(outcome, ClientUpdate):
             if outcome.delta:
                 merge.add(outcome)
@@ -168,7 +172,7 @@ class RoundLoop:
         lr: float,
         clients: list[dict[str, Any]],
         evaluation: Any,
-        seconds: float,
+        seconds: dict[str, float],
         simulation: Simulation,
     ) -> dict[str, Any]:
         kept = [c for c in clients if c["delivered"]]
@@ -186,7 +190,7 @@ class RoundLoop:
             "bytes_down": sum(slice_bytes[c["level"]] for c in clients),
             "bytes_up": sum(slice_bytes[c["level"]] for c in kept),
             "missing": {str(client): why for client, why in simulation.missing.items()},
-            "seconds": seconds,
+            **seconds,
             "simulated_seconds": simulation.round_seconds,
             "simulated_client_seconds": {str(client): s for client, s in simulation.seconds.items()},
             "peak_memory_bytes": self._engine.peak_memory(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from scalefl.config.derived import adjusts_logits, caches_features
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import from_dict
-from scalefl.contracts import ClientTask, ClientUpdate, DataSplits, Example, InputError
+from scalefl.contracts import ClientTask, ClientUpdate, DataSplits, Example, InputError, Outcome
 from scalefl.data.images import decode_all
 from scalefl.engine.launch import Engine
 from scalefl.features import FeatureFiles, image_features
@@ -42,6 +43,7 @@ def work(options: ClientOptions) -> None:
 
     Raises InputError for files that are no tasks, or that do not belong together.
     """
+    begun = time.time()
     tasks = [_read_task(Path(path)) for path in options.task]
     _check_together(tasks)
     run, model_file = _run_of(tasks[0], options)
@@ -66,7 +68,7 @@ def work(options: ClientOptions) -> None:
             check_stop=stop.check,
             on_step=lambda task, step, steps, loss: None,
         )
-        _train(trainer, store, tasks, places, options.out)
+        _train(trainer, store, tasks, places, options.out, begun)
     engine.finish()
 
 
@@ -76,8 +78,9 @@ def _train(
     tasks: Sequence[Note],
     places: Sequence[tuple[int, ...]],
     out: str | None,
+    begun: float,
 ) -> None:
-    level = tasks[0].content["level"]
+    level, times = tasks[0].content["level"], {"begun": begun, "ready": time.time()}
     with Bench(trainer, store, level, tasks[0].tensors()) as bench:
         for note, ids in zip(tasks, places, strict=True):
             task = ClientTask(
@@ -86,10 +89,12 @@ def _train(
             micro = note.content["micro_batch_size"]
             outcome = bench.train(task, note.content["lr"], micro_batch_size=micro)
             if trainer.engine.is_main:
-                _answer(note, outcome, Path(out) if out is not None else None)
+                times["trained"] = time.time()
+                _answer(note, outcome, Path(out) if out is not None else None, times)
 
 
-def _answer(note: Note, outcome: Any, out: Path | None) -> None:
+def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, float]) -> None:
+    """Write it; `times` are seconds since the epoch, for whoever looks at where time goes."""
     answered = {"task": note.digest, "client": note.content["client"], "round": note.content["round"]}
     if isinstance(outcome, ClientUpdate):
         path = out or exchange.answer_path(note.path, "update")
@@ -98,6 +103,7 @@ def _answer(note: Note, outcome: Any, out: Path | None) -> None:
             "num_examples": outcome.num_examples,
             "metrics": dict(outcome.metrics),
             "batches": outcome.batches,
+            "times": dict(times),
             "tensors": tensors,
         }
         exchange.write_note(path, "update", {**answered, **content})
