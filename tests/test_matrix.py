@@ -81,6 +81,7 @@ def test_every_cell(tmp_path, request, launch):
         assert found["both_stores"] == {"same_bits": True}
     if launch != "single":
         assert job.output.count("2 process(es)") >= len(CELLS)
+    assert "FutureWarning" not in job.output  # of DeepSpeed, for every layer and step under ZeRO-3
 
 
 def test_the_docs_show_what_was_found():

@@ -28,10 +28,6 @@ from scalefl.contracts import InputError, State
 from scalefl.engine.optimizers import forget
 from scalefl.engine.session import Session
 
-# DeepSpeed 0.19 calls both once for every layer and step; PyTorch 2.13 says each time that they will go.
-for function in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-    warnings.filterwarnings("ignore", rf"`torch\.distributed\.{function}` is deprecated", FutureWarning)
-
 FROM_THE_RUN = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "gradient_clipping")
 """Sections of a DeepSpeed config that options of the run decide."""
 
@@ -58,6 +54,9 @@ def accelerator_arguments(run: RunConfig, use_gpu: bool, timeout: timedelta) -> 
             "it (DeepSpeed takes the CPU where there is no GPU)."
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer but its own
+    # DeepSpeed 0.19 calls both once for every layer and step; PyTorch 2.13 says each time that they will go.
+    for function in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{function}` is deprecated", FutureWarning)
     handlers = []
     if not use_gpu:
         # Without the backend named every process believes to be alone; and this op, which only gloo's
