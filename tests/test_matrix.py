@@ -26,6 +26,16 @@ LAUNCHES = {
     "zero3": "ZeRO-3",
     "zero3_offload": "ZeRO-3, offload",
 }
+IN_WORDS = {
+    "single": "plain PyTorch",
+    "ddp": "DDP",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero2_offload": "ZeRO-2 with optimizer offloaded",
+    "zero3": "ZeRO-3",
+    "zero3_offload": "ZeRO-3 with weights and optimizer offloaded",
+}
+"""What a run calls its launch."""
 CHECKS = {
     **{name: name for name in CELLS},
     "adamw_8bit": "8-bit AdamW",
@@ -79,6 +89,8 @@ def test_every_cell(tmp_path, request, launch):
         assert found["both_stores"]["refused"].startswith(RESIDENT_UNDER_ZERO_3)
     else:
         assert found["both_stores"] == {"same_bits": True}
+    held = "read from files" if is_zero_3 else "in memory"
+    assert f", {IN_WORDS[launch]}; --precision bf16; frozen base {held} in nf4, double; " in job.output
     if launch != "single":
         assert job.output.count("2 process(es)") >= len(CELLS)
     assert "FutureWarning" not in job.output  # of DeepSpeed, for every layer and step under ZeRO-3

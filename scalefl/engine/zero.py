@@ -131,8 +131,9 @@ def _from_launcher() -> dict[str, Any]:
     return {"zero_optimization": stage, "steps_per_print": 1 << 30}
 
 
-def offloads_optimizer(accelerator: Accelerator) -> bool:
-    return _zero(accelerator).get("offload_optimizer", {}).get("device", "none") != "none"
+def offloads(accelerator: Accelerator, part: str) -> bool:
+    """Whether a part, `optimizer` or `param`, leaves the device; a section may say none."""
+    return _zero(accelerator).get(f"offload_{part}", {}).get("device", "none") != "none"
 
 
 def stage(accelerator: Accelerator) -> int:
@@ -140,10 +141,9 @@ def stage(accelerator: Accelerator) -> int:
 
 
 def in_words(accelerator: Accelerator) -> str:
-    zero = _zero(accelerator)
-    moved = [part for part in ("param", "optimizer") if f"offload_{part}" in zero]
-    names = " and ".join({"param": "weights", "optimizer": "optimizer"}[part] for part in moved)
-    return f"ZeRO-{zero['stage']}" + (f" with {names} offloaded" if names else "")
+    words = {"param": "weights", "optimizer": "optimizer"}
+    moved = " and ".join(word for part, word in words.items() if offloads(accelerator, part))
+    return f"ZeRO-{stage(accelerator)}" + (f" with {moved} offloaded" if moved else "")
 
 
 def _zero(accelerator: Accelerator) -> dict[str, Any]:
