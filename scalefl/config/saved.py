@@ -22,7 +22,10 @@ FOR_MEMORY = frozenset(
         *("base_store", "feature_cache", "attn"),
     }
 )
-"""Options that change the last bits of a result at most: a run may go on on a machine with less memory."""
+"""Options that a run may go on under on a machine with less memory: they change the last bits of a result.
+
+Of dropout, other micro-batches make other draws, as does another number of processes.
+"""
 
 FREE_ON_RESUME = FOR_MEMORY | {
     *("num_rounds", "data_root", "annotations", "init_from", "workers", "evaluate_from"),
