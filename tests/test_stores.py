@@ -467,6 +467,36 @@ def test_other_weights_in_the_same_folder_make_another_base(tmp_path: Path, save
     assert float(scales[3]) == 2.0 and int((scales != 1.0).sum()) == 1
 
 
+def run_on_quantised_files(folder: Path, saved: Path) -> tuple[Path, Path]:
+    """A run whose base was quantised from a copy of `saved` into its own folder; and the copy."""
+    shutil.copytree(saved, folder / "source")
+    options = {**LORA, "quantization": "int8", "base_store": "file", "num_rounds": 1}
+    return start(folder, "--init_from", str(folder / "source"), model=WIDE, **options), folder / "source"
+
+
+@pytest.mark.parametrize("then", ["resume", "evaluate", "init_from"])
+def test_a_base_that_is_refused_is_not_written(
+    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture, then: str
+) -> None:
+    """The run keeps the one that it was trained on."""
+    run_folder, source_folder = run_on_quantised_files(tmp_path, saved)
+    weights, before = load_file(source_folder / SINGLE), tree(run_folder)
+    changed = {name: 2 * tensor for name, tensor in weights.items()}
+    save_file(changed, source_folder / SINGLE, metadata={"format": "pt"})
+    checkpoint = str(run_folder / "checkpoints" / "round-0001")
+    (tmp_path / "next").mkdir()
+    options = {**LORA, "quantization": "int8", "base_store": "file"}
+    typed = {
+        "resume": ["train", "--resume", str(run_folder), "--num_rounds", "2"],
+        "evaluate": ["evaluate", checkpoint],
+        "init_from": arguments(tmp_path / "next", "--init_from", checkpoint, model=WIDE, **options),
+    }[then]
+    forget_launch()
+    assert main(typed) == 2
+    assert "was trained on other weights than" in capsys.readouterr().err.splitlines()[-1]
+    assert tree(run_folder) == before and not (tmp_path / "next" / "run").exists()
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,7 +517,7 @@ def test_zero_3_takes_no_resident_base(tmp_path: Path) -> None:
     run, file = resolved(tmp_path, **LORA, base_store="resident")
     engine: Any = SimpleNamespace(device=CPU, shards_weights=True, is_main=True)
     with pytest.raises(InputError) as error:
-        start_from(run, file, FAMILY, ["a question", *run.answers], None, engine)
+        start_from(run, file, FAMILY, ["a question", *run.answers], engine)
     assert str(error.value) == (
         "--base_store: got resident, but ZeRO-3 spreads weights over the processes as they are read from "
         "files; expected file or auto, or ZeRO-2."
@@ -498,7 +528,7 @@ def test_zero_3_alone_reads_files_by_itself(tmp_path: Path) -> None:
     run, file = resolved(tmp_path, **LORA)
     for shards, kind in ((False, ResidentStore), (True, FileStore)):
         engine: Any = SimpleNamespace(device=CPU, shards_weights=shards, is_main=True, barrier=lambda: None)
-        store = start_from(run, file, FAMILY, ["a question", *run.answers], None, engine).store
+        store = start_from(run, file, FAMILY, ["a question", *run.answers], engine).store
         assert type(store) is kind
 
 

@@ -21,7 +21,7 @@ from scalefl.engine.launch import Engine
 from scalefl.federation.records import RunFolder
 from scalefl.federation.rounds import RoundLoop, evaluate_levels
 from scalefl.federation.setup import Federation, build
-from scalefl.federation.start import check_same_base, check_same_parameters
+from scalefl.federation.start import check_same_parameters
 from scalefl.federation.stop import StopSignal
 from scalefl.models.cost import level_cost
 from scalefl.models.store import ResidentStore
@@ -37,7 +37,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         return evaluate(run, model_file)
     earlier = _earlier_checkpoint(run)
     progress = checkpoint.load(earlier) if earlier is not None else None
-    federation = build(run, model_file, processor_from=str(earlier) if earlier is not None else None)
+    federation = build(run, model_file, earlier)
     engine = federation.engine
     _check_agreement(run, progress, engine)
     display = Display(speaks=engine.is_main, print_freq=run.print_freq)
@@ -45,7 +45,6 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     if progress is None:
         progress = Progress(state=federation.initial_state)
     else:
-        check_same_base(Path(run.save_path), federation.base, run.init_from)
         check_same_parameters(progress.state, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     federation = dataclasses.replace(federation, initial_state={})  # else it outlives the first round
@@ -76,8 +75,7 @@ def evaluate(run: RunConfig, model_file: ModelFile) -> None:
     """Evaluate `run.evaluate_from` on the validation and test splits, without training or writing."""
     assert run.evaluate_from is not None
     progress = checkpoint.load(Path(run.evaluate_from))
-    federation = build(run, model_file, processor_from=run.evaluate_from)
-    check_same_base(Path(run.evaluate_from), federation.base, run.init_from)
+    federation = build(run, model_file, Path(run.evaluate_from))
     check_same_parameters(progress.state, federation.initial_state, run.evaluate_from)
     display = Display(speaks=federation.engine.is_main, print_freq=run.print_freq)
     for split in ("val", "test"):

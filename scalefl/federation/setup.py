@@ -80,16 +80,18 @@ class Federation:
         self.processor.save_pretrained(folder)
 
 
-def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = None) -> Federation:
+def build(run: RunConfig, model_file: ModelFile, checkpoint: Path | None = None) -> Federation:
     """Read and check the data, deal it to clients, and build the global model.
 
-    `processor_from` is a checkpoint whose tokenizer to use: other data must not train another one. Evaluating
-    a checkpoint needs training examples for `--evalmode local` alone, to know what its clients hold.
+    `checkpoint` is what a run goes on from, or what is evaluated. Its tokenizer is used, since other data must
+    not train another one, and its frozen base must be the one there is now. An evaluation needs training
+    examples for `--evalmode local` alone, to know what its clients hold.
     """
     engine = Engine(run)
     _check_launch(run, engine)
     data = _read(run)
-    start = start_from(run, model_file, resolve("arch", run.arch), _texts(data), processor_from, engine)
+    family, trained_on = resolve("arch", run.arch), [] if checkpoint is None else [checkpoint]
+    start = start_from(run, model_file, family, _texts(data), engine, trained_on)
     processor, store = start.processor, start.store
     clients = _deal(run, data)
     client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,26 +57,30 @@ def start_from(
     model_file: ModelFile,
     family: ModelFamily,
     texts: list[str],
-    processor_from: str | None,
     engine: Engine,
+    trained_on: Sequence[Path] = (),
 ) -> Start:
-    """A tokenizer is trained on `texts` unless `processor_from` or `--init_from` names one's folder."""
+    """The base and a trainable state; nothing is written where the base is not that of `trained_on`.
+
+    These are checkpoints that were trained on it, the last of which brings the tokenizer; without, and
+    without `--init_from`, one is trained on `texts`.
+    """
     if run.init_from is None:
         processor = (
-            family.load_processor(processor_from) if processor_from else family.processor(model_file, texts)
+            family.load_processor(str(trained_on[-1])) if trained_on else family.processor(model_file, texts)
         )
         if run.tuning == "lora":
             log.warning("--tuning lora without --init_from: adapters on a base of random weights")
         config = family.config(model_file, processor)
         weights = dict(new_model(run, family, config).named_parameters())
-        return _stored(run, model_file, family, config, weights, engine, processor)
+        return _stored(run, model_file, family, config, weights, engine, processor, trained_on)
     source = Path(run.init_from)
     if (source / CONFIG_FILE).is_file():
         earlier, earlier_file = load_config(source)
         if earlier.arch != run.arch:
             raise InputError(f"--init_from {source}: holds a {earlier.arch}; expected a {run.arch}.")
         if earlier.tuning == "lora" or earlier.freeze_vit:
-            return _from_part(run, source, earlier, earlier_file, family, engine)
+            return _from_part(run, source, earlier, earlier_file, family, engine, trained_on)
     if not (source / "config.json").is_file():
         raise InputError(
             f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
@@ -84,7 +88,8 @@ def start_from(
         )
     config, files = family.load_config(str(source)), TensorFiles(source)
     check_weights(family, config, files)
-    return _stored(run, model_file, family, config, files, engine, family.load_processor(str(source)))
+    processor = family.load_processor(str(source))
+    return _stored(run, model_file, family, config, files, engine, processor, trained_on)
 
 
 def _stored(
@@ -95,6 +100,7 @@ def _stored(
     weights: Mapping[str, Tensor],
     engine: Engine,
     processor: Any,
+    trained_on: Sequence[Path],
 ) -> Start:
     """The base where `--base_store` wants it, and the trainable state."""
     digest = weights.digest() if isinstance(weights, TensorFiles) else None
@@ -107,6 +113,8 @@ def _stored(
         vit_dtype=DTYPES[model_file.vit_precision],
     )
     has_base = bool(source.models.base_shapes)  # not under full tuning
+    base = digest if has_base else None
+    _check_same_base(trained_on, base, run.init_from)
     store: Store
     if holds_whole_base(run, engine.shards_weights) or not has_base:
         store = source.resident(engine.device)
@@ -122,7 +130,7 @@ def _stored(
         processor=processor,
         store=store,
         state=source.initial_state(),
-        base=digest if has_base else None,
+        base=base,
     )
 
 
@@ -167,6 +175,7 @@ def _from_part(
     earlier_file: ModelFile,
     family: ModelFamily,
     engine: Engine,
+    trained_on: Sequence[Path],
 ) -> Start:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
     differing = [name for name in SAME_PART if getattr(earlier, name) != getattr(run, name)]
@@ -176,21 +185,21 @@ def _from_part(
             f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
         )
     base_run = dataclasses.replace(run, init_from=earlier.init_from, seed=earlier.seed)
-    start = start_from(base_run, earlier_file, family, [], str(source), engine)
-    check_same_base(source, start.base, earlier.init_from)
+    start = start_from(base_run, earlier_file, family, [], engine, [*trained_on, source])
     state = dict(checkpoint.load(source).state)
     check_same_parameters(state, start.state, str(source))
     return dataclasses.replace(start, state=state)
 
 
-def check_same_base(folder: Path, base: str | None, init_from: str | None) -> None:
-    """A run or checkpoint whose frozen base is another one by now is refused."""
-    saved = saved_base(folder)
-    if saved is not None and saved != base:
-        raise InputError(
-            f"{folder}: was trained on other weights than {init_from} holds now; expected the base as it "
-            "was; put it back, or name the folder that has it with --init_from."
-        )
+def _check_same_base(trained_on: Sequence[Path], base: str | None, init_from: str | None) -> None:
+    """A checkpoint whose frozen base is another one by now is refused."""
+    for checkpoint_folder in trained_on:
+        saved = saved_base(checkpoint_folder)
+        if saved is not None and saved != base:
+            raise InputError(
+                f"{checkpoint_folder}: was trained on other weights than {init_from} holds now; expected the "
+                "base as it was; put it back, or name the folder that has it with --init_from."
+            )
 
 
 def check_same_parameters(state: State, initial: State, source: str) -> None:
