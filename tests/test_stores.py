@@ -41,6 +41,7 @@ from transformers.models.llama import modeling_llama
 from scalefl.cli import main
 from scalefl.contracts import InputError
 from scalefl.engine.launch import Engine
+from scalefl.federation import run as command
 from scalefl.federation.start import start_from
 from scalefl.models import files
 from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
@@ -497,6 +498,55 @@ def test_a_base_that_is_refused_is_not_written(
     assert tree(run_folder) == before and not (tmp_path / "next" / "run").exists()
 
 
+def evaluated(capsys: pytest.CaptureFixture, checkpoint: Path, *typed: str) -> str:
+    """What an evaluation prints."""
+    forget_launch()
+    capsys.readouterr()
+    assert main(["evaluate", str(checkpoint), *typed]) == 0
+    return capsys.readouterr().out
+
+
+def test_an_evaluation_on_another_base_leaves_the_runs(
+    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds its own for as long as it takes; of two at once, each its own."""
+    run_folder, _ = run_on_quantised_files(tmp_path, saved)
+    before, checkpoint = tree(run_folder), run_folder / "checkpoints" / "round-0001"
+    own = evaluated(capsys, checkpoint)
+    expected = evaluated(capsys, checkpoint, "--precision", "bf16", "--base_store", "resident")
+    assert expected != own
+    first = command.evaluate_levels
+    meanwhile = []
+
+    def within(*args: Any) -> Any:
+        monkeypatch.setattr(command, "evaluate_levels", first)
+        meanwhile.append(evaluated(capsys, checkpoint, "--precision", "bf16"))
+        meanwhile.append(evaluated(capsys, checkpoint))
+        return first(*args)
+
+    monkeypatch.setattr(command, "evaluate_levels", within)
+    assert evaluated(capsys, checkpoint, "--precision", "bf16") == expected
+    assert meanwhile == [expected, own]
+    assert tree(run_folder) == before
+
+
+def test_an_evaluation_that_is_stopped_takes_its_base_along(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder, _ = run_on_quantised_files(tmp_path, saved)
+    before, held = tree(run_folder), []
+
+    def stop(*_: Any) -> None:
+        held.append(set(tree(run_folder)) - set(before))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate_levels", stop)
+    forget_launch()
+    typed = ["--precision", "bf16"]
+    assert main(["evaluate", str(run_folder / "checkpoints" / "round-0001"), *typed]) == 130
+    assert held[0] and tree(run_folder) == before
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -527,7 +577,7 @@ def test_zero_3_takes_no_resident_base(tmp_path: Path) -> None:
 def test_zero_3_alone_reads_files_by_itself(tmp_path: Path) -> None:
     run, file = resolved(tmp_path, **LORA)
     for shards, kind in ((False, ResidentStore), (True, FileStore)):
-        engine: Any = SimpleNamespace(device=CPU, shards_weights=shards, is_main=True, barrier=lambda: None)
+        engine: Any = SimpleNamespace(device=CPU, shards_weights=shards, is_main=True, gather=list)
         store = start_from(run, file, FAMILY, ["a question", *run.answers], engine).store
         assert type(store) is kind
 

@@ -80,18 +80,21 @@ class Federation:
         self.processor.save_pretrained(folder)
 
 
-def build(run: RunConfig, model_file: ModelFile, checkpoint: Path | None = None) -> Federation:
+def build(
+    run: RunConfig, model_file: ModelFile, checkpoint: Path | None = None, spare_base: Path | None = None
+) -> Federation:
     """Read and check the data, deal it to clients, and build the global model.
 
     `checkpoint` is what a run goes on from, or what is evaluated. Its tokenizer is used, since other data must
-    not train another one, and its frozen base must be the one there is now. An evaluation needs training
-    examples for `--evalmode local` alone, to know what its clients hold.
+    not train another one, and its frozen base must be the one there is now. `spare_base` is the folder of a
+    base in files where that of the run must stay as it is. An evaluation needs training examples for
+    `--evalmode local` alone, to know what its clients hold.
     """
     engine = Engine(run)
     _check_launch(run, engine)
     data = _read(run)
     family, trained_on = resolve("arch", run.arch), [] if checkpoint is None else [checkpoint]
-    start = start_from(run, model_file, family, _texts(data), engine, trained_on)
+    start = start_from(run, model_file, family, _texts(data), engine, trained_on, spare_base)
     processor, store = start.processor, start.store
     clients = _deal(run, data)
     client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)

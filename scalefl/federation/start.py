@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -59,11 +58,13 @@ def start_from(
     texts: list[str],
     engine: Engine,
     trained_on: Sequence[Path] = (),
+    spare: Path | None = None,
 ) -> Start:
     """The base and a trainable state; nothing is written where the base is not that of `trained_on`.
 
     These are checkpoints that were trained on it, the last of which brings the tokenizer; without, and
-    without `--init_from`, one is trained on `texts`.
+    without `--init_from`, one is trained on `texts`. A base in files goes to `spare` if that is given and the
+    run's own is not the one needed.
     """
     if run.init_from is None:
         processor = (
@@ -73,14 +74,14 @@ def start_from(
             log.warning("--tuning lora without --init_from: adapters on a base of random weights")
         config = family.config(model_file, processor)
         weights = dict(new_model(run, family, config).named_parameters())
-        return _stored(run, model_file, family, config, weights, engine, processor, trained_on)
+        return _stored(run, model_file, family, config, weights, engine, processor, trained_on, spare)
     source = Path(run.init_from)
     if (source / CONFIG_FILE).is_file():
         earlier, earlier_file = load_config(source)
         if earlier.arch != run.arch:
             raise InputError(f"--init_from {source}: holds a {earlier.arch}; expected a {run.arch}.")
         if earlier.tuning == "lora" or earlier.freeze_vit:
-            return _from_part(run, source, earlier, earlier_file, family, engine, trained_on)
+            return _from_part(run, source, earlier, earlier_file, family, engine, trained_on, spare)
     if not (source / "config.json").is_file():
         raise InputError(
             f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
@@ -89,7 +90,7 @@ def start_from(
     config, files = family.load_config(str(source)), TensorFiles(source)
     check_weights(family, config, files)
     processor = family.load_processor(str(source))
-    return _stored(run, model_file, family, config, files, engine, processor, trained_on)
+    return _stored(run, model_file, family, config, files, engine, processor, trained_on, spare)
 
 
 def _stored(
@@ -101,6 +102,7 @@ def _stored(
     engine: Engine,
     processor: Any,
     trained_on: Sequence[Path],
+    spare: Path | None,
 ) -> Start:
     """The base where `--base_store` wants it, and the trainable state."""
     digest = weights.digest() if isinstance(weights, TensorFiles) else None
@@ -120,11 +122,10 @@ def _stored(
         store = source.resident(engine.device)
     else:
         folder = Path(run.save_path) / "base"
-        if source.needs_folder and engine.is_main:
+        if source.needs_folder:
             weights_are = weights.stamps() if isinstance(weights, TensorFiles) else {"seed": run.seed}
             recipe = _recipe(run, model_file, config, [digest, weights_are])
-            _write_base(folder, source, engine.device, recipe)
-        engine.barrier()
+            folder = _made(folder, spare, source, recipe, engine)
         store = source.on_disk(engine.device, folder)
     return Start(
         processor=processor,
@@ -146,15 +147,29 @@ def _recipe(run: RunConfig, model_file: ModelFile, config: Any, weights_are: Any
     return json.loads(json.dumps(recipe))
 
 
-def _write_base(folder: Path, source: ModelSource, device: torch.device, recipe: dict[str, Any]) -> None:
-    """Write a base, unless one of the same recipe is there: it is whole, for it was renamed into place.
+def _made(
+    folder: Path, spare: Path | None, source: ModelSource, recipe: dict[str, Any], engine: Engine
+) -> Path:
+    """Where a base of this recipe lies, on every rank: in `folder`, else where rank 0 wrote it.
 
-    A run that died before its first checkpoint may have left one of other options.
+    What is there is whole, for it was renamed into place. A run that died before its first checkpoint may have
+    left one of other options.
     """
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / MADE_FROM).read_text("utf-8")) == recipe:
-            return
-    temporary = folder.with_name(".base.tmp")
+    if engine.is_main and not _is_made_from(folder, recipe):
+        folder = spare or folder
+        _write_base(folder, source, engine.device, recipe)
+    return Path(engine.gather([str(folder)])[0])
+
+
+def _is_made_from(folder: Path, recipe: dict[str, Any]) -> bool:
+    try:
+        return json.loads((folder / MADE_FROM).read_text("utf-8")) == recipe
+    except (OSError, ValueError):
+        return False
+
+
+def _write_base(folder: Path, source: ModelSource, device: torch.device, recipe: dict[str, Any]) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         source.write(temporary, device)
@@ -176,6 +191,7 @@ def _from_part(
     family: ModelFamily,
     engine: Engine,
     trained_on: Sequence[Path],
+    spare: Path | None,
 ) -> Start:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
     differing = [name for name in SAME_PART if getattr(earlier, name) != getattr(run, name)]
@@ -185,7 +201,7 @@ def _from_part(
             f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
         )
     base_run = dataclasses.replace(run, init_from=earlier.init_from, seed=earlier.seed)
-    start = start_from(base_run, earlier_file, family, [], engine, [*trained_on, source])
+    start = start_from(base_run, earlier_file, family, [], engine, [*trained_on, source], spare)
     state = dict(checkpoint.load(source).state)
     check_same_parameters(state, start.state, str(source))
     return dataclasses.replace(start, state=state)
