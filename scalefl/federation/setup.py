@@ -20,7 +20,7 @@ from scalefl.config.derived import (
 )
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import save_config
+from scalefl.config.saved import BaseFiles, save_config
 from scalefl.contracts import SPLITS, DataSplits, InputError, State
 from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
@@ -46,8 +46,8 @@ class Federation:
     processor: Any
     store: Store
     initial_state: State
-    base: str | None
-    """Digest of the frozen base's files."""
+    base: BaseFiles | None
+    """What the frozen base was read from, if from files."""
     batchers: dict[str, Batcher]
     """Per split."""
     evaluators: dict[str, Evaluator]
@@ -85,9 +85,9 @@ def build(
 ) -> Federation:
     """Read and check the data, deal it to clients, and build the global model.
 
-    `checkpoint` is what a run goes on from, or what is evaluated. Its tokenizer is used, since other data must
-    not train another one, and its frozen base must be the one there is now. `spare_base` is the folder of a
-    base in files where that of the run must stay as it is. An evaluation needs training examples for
+    `checkpoint` is what a run goes on from, or what is evaluated: other data must not train another
+    tokenizer, and the frozen base must be the one it was trained on. `spare_base` is the folder of a base in
+    files where that of the run must stay as it is. An evaluation needs training examples for
     `--evalmode local` alone, to know what its clients hold.
     """
     engine = Engine(run)

@@ -19,7 +19,7 @@ from scalefl import checkpoint
 from scalefl.config.derived import holds_whole_base
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import CONFIG_FILE, load_config, saved_base
+from scalefl.config.saved import CONFIG_FILE, BaseFiles, load_config, saved_base
 from scalefl.contracts import InputError, State
 from scalefl.engine.launch import Engine
 from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
@@ -47,8 +47,8 @@ class Start:
     store: Store
     state: State
     """Trainable state."""
-    base: str | None
-    """Digest of the files that the frozen base was read from; None of a base from scratch, or none at all."""
+    base: BaseFiles | None
+    """What the frozen base was read from; None of a base from scratch, or none at all."""
 
 
 def start_from(
@@ -105,17 +105,19 @@ def _stored(
     spare: Path | None,
 ) -> Start:
     """The base where `--base_store` wants it, and the trainable state."""
-    digest = weights.digest() if isinstance(weights, TensorFiles) else None
+    files = weights if isinstance(weights, TensorFiles) else None
     source = ModelSource(
         run,
         family,
         config,
         weights,
-        from_scratch=digest is None,
+        from_scratch=files is None,
         vit_dtype=DTYPES[model_file.vit_precision],
     )
     has_base = bool(source.models.base_shapes)  # not under full tuning
-    base = digest if has_base else None
+    base = None
+    if files is not None and has_base:
+        base = BaseFiles(digest=files.digest(), stamps=files.stamps())
     _check_same_base(trained_on, base, run.init_from)
     store: Store
     if holds_whole_base(run, engine.shards_weights) or not has_base:
@@ -123,9 +125,8 @@ def _stored(
     else:
         folder = Path(run.save_path) / "base"
         if source.needs_folder:
-            weights_are = weights.stamps() if isinstance(weights, TensorFiles) else {"seed": run.seed}
-            recipe = _recipe(run, model_file, config, [digest, weights_are])
-            folder = _made(folder, spare, source, recipe, engine)
+            weights_are = {"seed": run.seed} if base is None else dataclasses.asdict(base)
+            folder = _made(folder, spare, source, _recipe(run, model_file, config, weights_are), engine)
         store = source.on_disk(engine.device, folder)
     return Start(
         processor=processor,
@@ -152,8 +153,8 @@ def _made(
 ) -> Path:
     """Where a base of this recipe lies, on every rank: in `folder`, else where rank 0 wrote it.
 
-    What is there is whole, for it was renamed into place. A run that died before its first checkpoint may have
-    left one of other options.
+    What is there is whole, for it was renamed into place. A run that died before its first checkpoint may
+    have left one of other options.
     """
     if engine.is_main and not _is_made_from(folder, recipe):
         folder = spare or folder
@@ -207,15 +208,28 @@ def _from_part(
     return dataclasses.replace(start, state=state)
 
 
-def _check_same_base(trained_on: Sequence[Path], base: str | None, init_from: str | None) -> None:
-    """A checkpoint whose frozen base is another one by now is refused."""
+def _check_same_base(trained_on: Sequence[Path], base: BaseFiles | None, init_from: str | None) -> None:
+    """A checkpoint whose frozen base is another one by now is refused; that it may be is told."""
+    touched = []
     for checkpoint_folder in trained_on:
         saved = saved_base(checkpoint_folder)
-        if saved is not None and saved != base:
+        if saved is None:
+            continue
+        if base is None or saved.digest != base.digest:
             raise InputError(
                 f"{checkpoint_folder}: was trained on other weights than {init_from} holds now; expected the "
                 "base as it was; put it back, or name the folder that has it with --init_from."
             )
+        if saved.stamps != base.stamps:
+            touched.append(checkpoint_folder)
+    if touched:
+        log.warning(
+            "%s: the files of %s have other times or sizes than when it was trained on them; the first and "
+            "last row of every tensor are as they were, and no more was compared; if the files were not just "
+            "copied or touched, put the earlier ones back.",
+            touched[0],
+            init_from,
+        )
 
 
 def check_same_parameters(state: State, initial: State, source: str) -> None:
