@@ -2,8 +2,8 @@
 
     python benchmarks/executors.py [--parts parallel jobs merge] [--clients 16] [--local-steps 2] [--small]
 
-parallel: a round of clients in four levels by two processes, each clients of its own, against one process, and
-against two that train each client together; one thread a process. Balance is the busiest process's training
+parallel: a round of clients in four levels by two processes, each clients of its own, against one process
+and two that train each client together; one thread a process. Balance is the busiest process's training
 time over the mean. jobs: per client, seconds from launch to the client's main function (launch), to its first
 step (load), in training (train), and from there to its merge, less the wait for the clients before it
 (exchange). merge: bytes of updates added to the sums a second, against a plain copy of memory.
@@ -37,7 +37,7 @@ ROUNDS = 2
 """The first one warms up and is not counted."""
 
 FASTER, BALANCE, MERGE = 1.7, 1.15, 0.5
-"""Limits: parallel is as many times as fast; the busiest process has as much of the mean; of a memory copy."""
+"""Limits: how many times as fast parallel is; busiest process over mean; merge over a copy of memory."""
 
 
 def main() -> int:

@@ -58,10 +58,6 @@ class Display:
         elif self._print_freq and step % self._print_freq == 0:
             self.line(f"  {text}")
 
-    def round_ends(self, text: str) -> None:
-        self.stop()
-        self.line(text)
-
     def stop(self) -> None:
         """Take the progress bar down; safe to call at any time."""
         if self._progress is not None:

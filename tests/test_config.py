@@ -393,6 +393,22 @@ def test_what_has_no_effect_is_refused_only_where_it_was_asked_for(write):
     assert resolve({"num_clients": "3", "client_levels": ["1", "4", "4"], **shares})[0].client_levels
 
 
+def test_a_saved_run_may_change_its_feature_cache(tmp_path):
+    """What it keeps of one is without effect then; no flag takes it back. Given beside it, it is refused."""
+    kept = {"feature_folder": "features", "feature_dtype": "bf16"}
+    save_config(tmp_path, *resolve({"tuning": "lora", "feature_cache": "file", **kept}))
+    for then in ("resume", "evaluate_from"):
+        for cache in ("off", "memory", "auto"):
+            run, _ = resolve({then: str(tmp_path), "feature_cache": cache})
+            assert (run.feature_cache, run.feature_folder) == (cache, "features")
+    expected = [
+        "--feature_folder: got features, but --feature_cache is off; expected file.",
+        "--feature_dtype: got bf16, but --feature_cache is off; leave it out.",
+    ]
+    assert problems({"tuning": "lora", "feature_cache": "off", **kept}) == expected
+    assert problems({"resume": str(tmp_path), "feature_cache": "off", **kept}) == expected
+
+
 def test_all_problems_are_reported_at_once():
     flags = {"lrr": "1", "seed": "x", "alpha": "-1", "ee_locs": ["2", "1", "3"], "cfg_path": "tiny"}
     assert [line.split(":")[0] for line in problems(flags)] == ["--lrr", "--seed", "--alpha", "--ee_locs"]

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from runs import arguments, forget_launch, records, start
+from runs import MODEL, arguments, forget_launch, records, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scalefl.cli import main
@@ -77,6 +77,23 @@ def test_plain_lines_elsewhere(tmp_path, pipe, capsys):
     assert len(steps) == sum(client["steps"] // 2 for client in clients) > 0
     assert all(int(step) % 2 == 0 for _, step, _ in steps)
     assert len(re.findall(r"^round \d/2  ", shown, re.M)) == 2
+
+
+def test_a_run_says_how_it_trains_and_what_memory_that_took(tmp_path, pipe, capsys):
+    """Of the launches `test_matrix.py` tells the same."""
+    text = MODEL["text"] | {"hidden_size": 64}
+    options = {"tuning": "lora", "quantization": "nf4", "gradient_checkpointing": True, "num_rounds": 1}
+    run_folder = start(tmp_path, model={"text": text}, checkpointing_levels=[2], **options)
+    shown = capsys.readouterr().out
+    assert (
+        "1 process(es) on cpu, plain PyTorch; --precision fp32; frozen base in memory in nf4, double; "
+        "image features in memory; checkpointing at level 2; --optimizer sgd"
+    ) in shown.splitlines()
+    (record,) = records(run_folder, timings=True)
+    (line,) = [line for line in shown.splitlines() if line.startswith("round 1/1  ")]
+    gigabytes = f"{record['peak_memory_bytes'] / 1e9:.1f}"
+    assert re.match(rf"round 1/1  \d+\.\d s  peak {gigabytes} GB  loss \d\.\d{{3}}  val by level: ", line)
+    assert float(gigabytes) > 0.1  # PyTorch alone takes more
 
 
 def test_other_ranks_are_silent(terminal, capsys):

@@ -161,4 +161,5 @@ def test_how_a_run_was_trained_does_not_bind_its_evaluation(capsys, trained, tmp
         shown = evaluate(capsys, checkpoint, *typed)
         assert rows(shown, "test") == cells(trained.lora.results["levels"])
     assert list((tmp_path / "here").iterdir()) == []
-    assert (tmp_path / "run" / "base").is_dir() and (tmp_path / "run" / "features").is_dir()
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {path.name for path in trained.lora.folder.iterdir()} | {"features"}

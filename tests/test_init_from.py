@@ -1,5 +1,6 @@
 """`--init_from`: a run starts where the folder it names ended, or refuses one that does not hold it all."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -154,6 +155,40 @@ def test_a_base_that_was_changed_since_is_refused(tmp_path, capsys, trained, the
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     forget_launch()
     assert main(typed) == 0
+
+
+@pytest.mark.parametrize("then", ["resume", "evaluate", "init_from"])
+@pytest.mark.parametrize("change", ["moved", "touched", "a row between"])
+def test_a_base_whose_files_changed_is_told(tmp_path, caplog, trained, then, change):
+    """Of its values only the first and last rows are compared, of its files also times and sizes."""
+    base = tmp_path / "base"
+    shutil.copytree(last(trained.full), base)
+    run_folder = start(tmp_path, "--init_from", str(base), **LORA, num_rounds=1)
+    if change == "touched":
+        os.utime(base / "model.safetensors", (1, 1))
+    elif change == "a row between":
+        weights = load_file(base / "model.safetensors")
+        weights["language_model.model.layers.0.mlp.up_proj.weight"][3] *= 2
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    base.rename(moved := tmp_path / "moved")
+    named = ["--init_from", str(moved)]
+    if then == "init_from":  # the checkpoint is named there, and names its own base
+        moved.rename(base)
+        moved, named = base, ["--init_from", str(last(run_folder, 1))]
+    typed = {
+        "resume": ["train", "--resume", str(run_folder), "--num_rounds", "2", *named],
+        "evaluate": ["evaluate", str(last(run_folder, 1)), *named],
+        "init_from": arguments(folder_in(tmp_path, "next"), *named, **LORA),
+    }[then]
+    caplog.clear()
+    forget_launch()
+    assert main(typed) == 0
+    told = [message for message in caplog.messages if message.startswith(f"{last(run_folder, 1)}: ")]
+    assert told == [
+        f"{last(run_folder, 1)}: the files of {moved} have other times or sizes than when it was trained on "
+        "them; the first and last row of every tensor are as they were, and no more was compared; if the "
+        "files were not just copied or touched, put the earlier ones back."
+    ] * (change != "moved")
 
 
 def test_a_checkpoint_of_full_tuning_is_a_model_of_the_hub(trained):

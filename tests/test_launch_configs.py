@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from runs import environment
 from scalefl.config.flags import parse
 from scalefl.config.options import RunConfig
 from scalefl.config.resolve import resolve
+from scalefl.engine import zero as engine_zero
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = sorted(path.name for path in (ROOT / "accelerate_configs").iterdir())
@@ -115,6 +117,24 @@ def test_accelerate_and_deepspeed_take_it(name: str, monkeypatch: pytest.MonkeyP
             assert (read[key]["device"], read[key]["pin_memory"]) == ("cpu", True)
         else:
             assert read[key] == value, key
+
+
+def in_words(config: dict[str, Any]) -> str:
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    return engine_zero.in_words(SimpleNamespace(deepspeed_plugin=plugin))
+
+
+@pytest.mark.parametrize("name", DEEPSPEED)
+def test_a_launch_says_what_it_offloads(name: str) -> None:
+    """A section that leaves a part where it is offloads nothing."""
+    words = {
+        "zero2_offload.json": "ZeRO-2 with optimizer offloaded",
+        "zero3_offload.json": "ZeRO-3 with weights and optimizer offloaded",
+    }
+    stage = zero(name)["zero_optimization"]["stage"]
+    assert in_words(zero(name)) == words.get(name, f"ZeRO-{stage}")
+    stays = {f"offload_{part}": {"device": "none"} for part in ("optimizer", "param")}
+    assert in_words({"zero_optimization": {"stage": stage, **stays}}) == f"ZeRO-{stage}"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)

@@ -152,6 +152,13 @@ def adapters(tmp_path_factory):
     return start(tmp_path_factory.mktemp("adapters"), tuning="lora", num_rounds=2)
 
 
+def assert_same_but_for_rounding(run_folder, expected):
+    """After the second round, to the last bits of its change."""
+    before, got, whole = state(run_folder, 1), state(run_folder, 2), state(expected, 2)
+    largest = max(float((whole[name] - before[name]).abs().max()) for name in whole)
+    assert largest_difference(got, whole) < 1e-5 * largest
+
+
 @pytest.mark.parametrize(
     "typed",
     [
@@ -165,11 +172,24 @@ def adapters(tmp_path_factory):
 def test_a_run_goes_on_with_less_memory(tmp_path, adapters, typed):
     """To the same weights but for the last bits."""
     run_folder = start(tmp_path, tuning="lora", num_rounds=1)
-    before = state(run_folder, 1)
     assert resume(run_folder, "--num_rounds", "2", *typed.split()) == 0
-    got, expected = state(run_folder, 2), state(adapters, 2)
-    change = {name: expected[name] - before[name] for name in expected}
-    assert largest_difference(got, expected) < 1e-5 * max(float(t.abs().max()) for t in change.values())
+    assert_same_but_for_rounding(run_folder, adapters)
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_a_run_goes_on_without_its_feature_folder(tmp_path, adapters, cache):
+    """And is evaluated without it; what lies there stays as it is."""
+    shared = tmp_path / "shared"
+    run_folder = start(
+        tmp_path, tuning="lora", num_rounds=1, feature_cache="file", feature_folder=str(shared)
+    )
+    features = tree(shared)
+    assert features and resume(run_folder, "--num_rounds", "2", "--feature_cache", cache) == 0
+    assert_same_but_for_rounding(run_folder, adapters)
+    forget_launch()
+    checkpoint = run_folder / "checkpoints" / "round-0001"
+    assert main(["evaluate", str(checkpoint), "--feature_cache", cache]) == 0
+    assert tree(shared) == features
 
 
 def test_a_changed_option_is_refused_by_name(tmp_path, capsys):

@@ -260,16 +260,6 @@ def _quantisation(run: RunConfig) -> Iterator[Finding]:
 
 
 def _features(run: RunConfig) -> Iterator[Finding]:
-    if run.feature_folder is not None and run.feature_cache != "file":
-        yield (
-            ("feature_folder", "feature_cache"),
-            f"got {run.feature_folder}, but --feature_cache is {run.feature_cache}; expected file.",
-        )
-    if run.feature_dtype != "auto" and run.feature_cache == "off":
-        yield (
-            ("feature_dtype", "feature_cache"),
-            f"got {run.feature_dtype}, but --feature_cache is off; leave it out.",
-        )
     if run.feature_cache in ("memory", "file") and run.freeze_vit is False:
         yield (
             ("feature_cache", "freeze_vit"),
@@ -340,6 +330,17 @@ def _simulation(run: RunConfig) -> Iterator[Finding]:
 
 
 def _without_effect(run: RunConfig, asked_for: Collection[str]) -> Iterator[Finding]:
+    """A preset, or the run that is gone on from, may have them; it may be that no flag takes them back."""
+    if "feature_folder" in asked_for and run.feature_folder is not None and run.feature_cache != "file":
+        yield (
+            ("feature_folder", "feature_cache"),
+            f"got {run.feature_folder}, but --feature_cache is {run.feature_cache}; expected file.",
+        )
+    if "feature_dtype" in asked_for and run.feature_dtype != "auto" and run.feature_cache == "off":
+        yield (
+            ("feature_dtype", "feature_cache"),
+            f"got {run.feature_dtype}, but --feature_cache is off; leave it out.",
+        )
     if "double_quant" in asked_for and not run.double_quant and run.quantization != "nf4":
         yield (
             ("double_quant", "quantization"),

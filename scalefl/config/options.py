@@ -177,7 +177,7 @@ class ExecutorOptions:
     client_timeout: float | None = None
     """Seconds that a client may train. Under jobs it then has failed; else the run stops, to be resumed."""
     job_launcher: str = "local"
-    """What starts jobs: this machine (local), slurm, or people who carry files to `scalefl client` (manual); or
+    """What starts jobs: local (this machine), slurm, or manual (people carry files to `scalefl client`); or
     package.module:Name of your own."""
     clients_per_job: int | None = None
     """Clients of one level that a job trains in turn. Unset: as many as keep max_jobs busy; elsewhere than on

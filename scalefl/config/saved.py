@@ -22,13 +22,26 @@ FOR_MEMORY = frozenset(
         *("base_store", "feature_cache", "attn"),
     }
 )
-"""Options that change the last bits of a result at most: a run may go on on a machine with less memory."""
+"""Options that a run may go on under on a machine with less memory: they change the last bits of a result.
+
+Of dropout, other micro-batches make other draws, as does another number of processes.
+"""
 
 FREE_ON_RESUME = FOR_MEMORY | {
     *("num_rounds", "data_root", "data_here", "annotations", "init_from", "workers", "evaluate_from"),
     *(f.name for options in (RunOptions, ExecutorOptions) for f in dataclasses.fields(options)),
 }
 """Options that change no result but for rounding, or only how far a run goes; paths, as files may move."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseFiles:
+    """The files that a frozen base was read from."""
+
+    digest: str
+    """Of their tensors: see `TensorFiles.digest`."""
+    stamps: Mapping[str, list[int]]
+    """File -> size in bytes and time of change in nanoseconds."""
 
 
 def to_dict(config: RunConfig | ModelFile) -> dict[str, Any]:
@@ -56,9 +69,15 @@ def _from_json(value: Any, kind: Any, name: str) -> Any:
     return dict(value) if isinstance(value, Mapping) else coerce(value, kind, f"saved {name}")
 
 
-def save_config(folder: str | Path, run: RunConfig, model_file: ModelFile, base: str | None = None) -> None:
-    """Write them into `folder`; `base` is the digest of the frozen base's files, if there are any."""
-    content = {"run": to_dict(run), "model_file": to_dict(model_file), "base": base}
+def save_config(
+    folder: str | Path, run: RunConfig, model_file: ModelFile, base: BaseFiles | None = None
+) -> None:
+    """Write them into `folder`; `base` is what the frozen base was read from, if from files."""
+    content = {
+        "run": to_dict(run),
+        "model_file": to_dict(model_file),
+        "base": None if base is None else dataclasses.asdict(base),
+    }
     Path(folder, CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -76,10 +95,11 @@ def load_config(folder: str | Path) -> tuple[RunConfig, ModelFile]:
         raise InputError(f"{path}: damaged ({error}); expected what `scalefl train` wrote.") from error
 
 
-def saved_base(folder: str | Path) -> str | None:
-    """The digest of the frozen base that a run folder's or checkpoint's weights belong to."""
+def saved_base(folder: str | Path) -> BaseFiles | None:
+    """What the frozen base that a run folder's or checkpoint's weights belong to was read from."""
     path = Path(folder, CONFIG_FILE)
-    return json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
+    saved = json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
+    return BaseFiles(**saved) if isinstance(saved, dict) else None
 
 
 def changed_on_resume(old: RunConfig, new: RunConfig) -> list[str]:

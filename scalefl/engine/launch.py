@@ -64,7 +64,7 @@ class Engine:
         )
         self._check_launch(arguments["mixed_precision"], run.precision)
         if run.evaluate_from is None:
-            offloaded = self._zero is not None and self._zero.offloads_optimizer(self._accelerator)
+            offloaded = self._zero is not None and self._zero.offloads(self._accelerator, "optimizer")
             check_optimizer(run, self.device, offloaded=offloaded)
         if self.num_processes > 1 and not use_gpu and "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))

@@ -28,10 +28,6 @@ from scalefl.contracts import InputError, State
 from scalefl.engine.optimizers import forget
 from scalefl.engine.session import Session
 
-# DeepSpeed 0.19 calls both once for every layer and step; PyTorch 2.13 says each time that they will go.
-for function in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-    warnings.filterwarnings("ignore", rf"`torch\.distributed\.{function}` is deprecated", FutureWarning)
-
 FROM_THE_RUN = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "gradient_clipping")
 """Sections of a DeepSpeed config that options of the run decide."""
 
@@ -58,6 +54,9 @@ def accelerator_arguments(run: RunConfig, use_gpu: bool, timeout: timedelta) -> 
             "it (DeepSpeed takes the CPU where there is no GPU)."
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer but its own
+    # DeepSpeed 0.19 calls both once for every layer and step; PyTorch 2.13 says each time that they will go.
+    for function in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{function}` is deprecated", FutureWarning)
     handlers = []
     if not use_gpu:
         # Without the backend named every process believes to be alone; and this op, which only gloo's
@@ -132,8 +131,9 @@ def _from_launcher() -> dict[str, Any]:
     return {"zero_optimization": stage, "steps_per_print": 1 << 30}
 
 
-def offloads_optimizer(accelerator: Accelerator) -> bool:
-    return _zero(accelerator).get("offload_optimizer", {}).get("device", "none") != "none"
+def offloads(accelerator: Accelerator, part: str) -> bool:
+    """Whether a part, `optimizer` or `param`, leaves the device; a section may say none."""
+    return _zero(accelerator).get(f"offload_{part}", {}).get("device", "none") != "none"
 
 
 def stage(accelerator: Accelerator) -> int:
@@ -141,10 +141,9 @@ def stage(accelerator: Accelerator) -> int:
 
 
 def in_words(accelerator: Accelerator) -> str:
-    zero = _zero(accelerator)
-    moved = [part for part in ("param", "optimizer") if f"offload_{part}" in zero]
-    names = " and ".join({"param": "weights", "optimizer": "optimizer"}[part] for part in moved)
-    return f"ZeRO-{zero['stage']}" + (f" with {names} offloaded" if names else "")
+    words = {"param": "weights", "optimizer": "optimizer"}
+    moved = " and ".join(word for part, word in words.items() if offloads(accelerator, part))
+    return f"ZeRO-{stage(accelerator)}" + (f" with {moved} offloaded" if moved else "")
 
 
 def _zero(accelerator: Accelerator) -> dict[str, Any]:

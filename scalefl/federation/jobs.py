@@ -141,8 +141,8 @@ class Jobs:
         content = {
             "run": to_dict(dataclasses.replace(self._run, resume=None, dry_run=False)),
             "model_file": to_dict(self._fed.model_file),
-            "base": self._fed.base,
-            "base_source": self._fed.base_source,
+            "base": None if self._fed.base is None else self._fed.base.digest,
+            "origin": dataclasses.asdict(self._fed.origin),
             "model": f"../{MODEL}",
             "lr": lr,
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import FOR_MEMORY, FREE_ON_RESUME, save_config, to_dict
 from scalefl.console import Display
-from scalefl.contracts import InputError
+from scalefl.contracts import InputError, State
 from scalefl.data.partition import describe
 from scalefl.engine.launch import Engine
 from scalefl.federation.jobs import Jobs
 from scalefl.federation.records import RunFolder
 from scalefl.federation.rounds import RoundLoop, evaluate_levels, sample_cohort, trainer_of
 from scalefl.federation.setup import Federation, build
-from scalefl.federation.start import check_same_base, check_same_parameters
+from scalefl.federation.start import check_same_parameters
 from scalefl.federation.stop import StopSignal
 from scalefl.models.cost import level_cost
 from scalefl.models.store import ResidentStore
@@ -40,7 +42,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     progress = None
     if earlier is not None:
         progress = checkpoint.with_rank_parts(earlier.parent, checkpoint.load(earlier))
-    federation = build(run, model_file, processor_from=str(earlier) if earlier is not None else None)
+    federation = build(run, model_file, earlier)
     engine = federation.engine
     _check_agreement(run, progress, engine)
     display = Display(speaks=engine.is_main, print_freq=run.print_freq)
@@ -48,7 +50,6 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     if progress is None:
         progress = Progress(state=federation.initial_state)
     else:
-        check_same_base(Path(run.save_path), federation.base, run.init_from)
         check_same_parameters(progress.state, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     federation = dataclasses.replace(federation, initial_state={})  # else it outlives the first round
@@ -79,15 +80,26 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
 
 
 def evaluate(run: RunConfig, model_file: ModelFile) -> None:
-    """Evaluate `run.evaluate_from` on the validation and test splits, without training or writing."""
+    """Evaluate `run.evaluate_from` on the validation and test splits; what the run wrote stays as it is.
+
+    A frozen base in files of other options than the run's lies beside it for as long as this takes.
+    """
     assert run.evaluate_from is not None
     progress = checkpoint.load(Path(run.evaluate_from))
-    federation = build(run, model_file, processor_from=run.evaluate_from)
-    check_same_base(Path(run.evaluate_from), federation.base, run.init_from)
-    check_same_parameters(progress.state, federation.initial_state, run.evaluate_from)
+    spare_base = Path(run.save_path) / f"base-of-evaluation-{uuid.uuid4().hex}"
+    try:
+        federation = build(run, model_file, Path(run.evaluate_from), spare_base)
+        check_same_parameters(progress.state, federation.initial_state, run.evaluate_from)
+        _print_evaluation(federation, progress.state)
+    finally:
+        shutil.rmtree(spare_base, ignore_errors=True)
+
+
+def _print_evaluation(federation: Federation, state: State) -> None:
+    run = federation.run
     display = Display(speaks=federation.engine.is_main, print_freq=run.print_freq)
     for split in ("val", "test"):
-        evaluation = evaluate_levels(federation, split, progress.state, lambda: None)
+        evaluation = evaluate_levels(federation, split, state, lambda: None)
         if evaluation:
             display.table(
                 f"{federation.data.name} {split}, {run.evaluate_from}, {run.evalmode}, by {run.scoring}",

@@ -21,7 +21,7 @@ from scalefl.config.derived import (
 )
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import save_config
+from scalefl.config.saved import BaseFiles, save_config
 from scalefl.contracts import SPLITS, DataSplits, InputError, State
 from scalefl.data.images import decode_all
 from scalefl.data.partition import partition, partition_held_out
@@ -29,7 +29,7 @@ from scalefl.engine.launch import Engine
 from scalefl.engine.optimizers import check_quantisation
 from scalefl.evaluate import Evaluator
 from scalefl.features import image_features
-from scalefl.federation.start import start_from
+from scalefl.federation.start import Origin, start_from
 from scalefl.levels import assign_levels
 from scalefl.models.store import Store
 from scalefl.registry import resolve
@@ -47,10 +47,10 @@ class Federation:
     processor: Any
     store: Store
     initial_state: State
-    base: str | None
-    """Digest of the frozen base's files."""
-    base_source: str | None
-    """Folder of those files; None of a base from scratch, or none at all."""
+    base: BaseFiles | None
+    """What the frozen base was read from, if from files."""
+    origin: Origin
+    """Where the frozen base comes from."""
     batchers: dict[str, Batcher]
     """Per split."""
     evaluators: dict[str, Evaluator]
@@ -89,16 +89,21 @@ class Federation:
         self.processor.save_pretrained(folder)
 
 
-def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = None) -> Federation:
+def build(
+    run: RunConfig, model_file: ModelFile, checkpoint: Path | None = None, spare_base: Path | None = None
+) -> Federation:
     """Read and check the data, deal it to clients, and build the global model.
 
-    `processor_from` is a checkpoint whose tokenizer to use: other data must not train another one. Evaluating
-    a checkpoint needs training examples for `--evalmode local` alone, to know what its clients hold.
+    `checkpoint` is what a run goes on from, or what is evaluated: other data must not train another
+    tokenizer, and the frozen base must be the one it was trained on. `spare_base` is the folder of a base in
+    files where that of the run must stay as it is. An evaluation needs training examples for
+    `--evalmode local` alone, to know what its clients hold.
     """
     engine = Engine(run)
     check_launch(run, engine)
     data = read_data(run)
-    start = start_from(run, model_file, resolve("arch", run.arch), _texts(data), processor_from, engine)
+    family, trained_on = resolve("arch", run.arch), [] if checkpoint is None else [checkpoint]
+    start = start_from(run, model_file, family, _texts(data), engine, trained_on, spare_base)
     processor, store = start.processor, start.store
     clients = _deal(run, data)
     client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)
@@ -123,7 +128,7 @@ def build(run: RunConfig, model_file: ModelFile, processor_from: str | None = No
         store=store,
         initial_state=start.state,
         base=start.base,
-        base_source=start.base_source,
+        origin=start.origin,
         batchers=batchers,
         evaluators=evaluators,
         clients=clients,

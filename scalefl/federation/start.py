@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from scalefl import checkpoint
 from scalefl.config.derived import holds_whole_base
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import CONFIG_FILE, load_config, saved_base
+from scalefl.config.saved import CONFIG_FILE, BaseFiles, load_config, saved_base
 from scalefl.contracts import InputError, State
 from scalefl.engine.launch import Engine
 from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
@@ -41,6 +40,16 @@ SAME_PART = ("tuning", "freeze_vit", "lora_r", "lora_alpha", "lora_targets", "ee
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a base comes from, for processes that make or read it themselves."""
+
+    folder: str | None
+    """Of the model's files; None of a base from scratch."""
+    seed: int
+    """Of a base from scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """What a run starts from."""
 
@@ -48,10 +57,9 @@ class Start:
     store: Store
     state: State
     """Trainable state."""
-    base: str | None
-    """Digest of the files that the frozen base was read from; None of a base from scratch, or none at all."""
-    base_source: str | None = None
-    """Folder of those files."""
+    base: BaseFiles | None
+    """What the frozen base was read from; None of a base from scratch, or none at all."""
+    origin: Origin
 
 
 def start_from(
@@ -59,26 +67,32 @@ def start_from(
     model_file: ModelFile,
     family: ModelFamily,
     texts: list[str],
-    processor_from: str | None,
     engine: Engine,
+    trained_on: Sequence[Path] = (),
+    spare: Path | None = None,
 ) -> Start:
-    """A tokenizer is trained on `texts` unless `processor_from` or `--init_from` names one's folder."""
+    """The base and a trainable state; nothing is written where the base is not that of `trained_on`.
+
+    These are checkpoints that were trained on it, the last of which brings the tokenizer; without, and
+    without `--init_from`, one is trained on `texts`. A base in files goes to `spare` if that is given and the
+    run's own is not the one needed.
+    """
     if run.init_from is None:
         processor = (
-            family.load_processor(processor_from) if processor_from else family.processor(model_file, texts)
+            family.load_processor(str(trained_on[-1])) if trained_on else family.processor(model_file, texts)
         )
         if run.tuning == "lora":
             log.warning("--tuning lora without --init_from: adapters on a base of random weights")
         config = family.config(model_file, processor)
         weights = dict(new_model(run, family, config).named_parameters())
-        return _stored(run, model_file, family, config, weights, engine, processor)
+        return _stored(run, model_file, family, config, weights, engine, processor, trained_on, spare)
     source = Path(run.init_from)
     if (source / CONFIG_FILE).is_file():
         earlier, earlier_file = load_config(source)
         if earlier.arch != run.arch:
             raise InputError(f"--init_from {source}: holds a {earlier.arch}; expected a {run.arch}.")
         if earlier.tuning == "lora" or earlier.freeze_vit:
-            return _from_part(run, source, earlier, earlier_file, family, engine)
+            return _from_part(run, source, earlier, earlier_file, family, engine, trained_on, spare)
     if not (source / "config.json").is_file():
         raise InputError(
             f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
@@ -86,7 +100,8 @@ def start_from(
         )
     config, files = family.load_config(str(source)), TensorFiles(source)
     check_weights(family, config, files)
-    return _stored(run, model_file, family, config, files, engine, family.load_processor(str(source)))
+    processor = family.load_processor(str(source))
+    return _stored(run, model_file, family, config, files, engine, processor, trained_on, spare)
 
 
 def _stored(
@@ -97,39 +112,39 @@ def _stored(
     weights: Mapping[str, Tensor],
     engine: Engine,
     processor: Any,
+    trained_on: Sequence[Path],
+    spare: Path | None,
 ) -> Start:
     """The base where `--base_store` wants it, and the trainable state."""
-    digest = weights.digest() if isinstance(weights, TensorFiles) else None
+    files = weights if isinstance(weights, TensorFiles) else None
     source = ModelSource(
         run,
         family,
         config,
         weights,
-        from_scratch=digest is None,
+        from_scratch=files is None,
         vit_dtype=DTYPES[model_file.vit_precision],
     )
     has_base = bool(source.models.base_shapes)  # not under full tuning
+    base = None
+    if files is not None and has_base:
+        base = BaseFiles(digest=files.digest(), stamps=files.stamps())
+    _check_same_base(trained_on, base, run.init_from)
     store: Store
     if holds_whole_base(run, engine.shards_weights) or not has_base:
         store = source.resident(engine.device)
     else:
-        recipe = _recipe(run, model_file, config, weights, digest)
-        store = _in_files(run, source, recipe, engine)
+        folder = Path(run.save_path) / "base"
+        if source.needs_folder:
+            folder = _made(folder, spare, source, _recipe(run, model_file, config, base), engine)
+        store = source.on_disk(engine.device, folder)
     return Start(
         processor=processor,
         store=store,
         state=source.initial_state(),
-        base=digest if has_base else None,
-        base_source=str(weights.folder.absolute()) if isinstance(weights, TensorFiles) and has_base else None,
+        base=base,
+        origin=Origin(folder=None if files is None else str(files.folder.absolute()), seed=run.seed),
     )
-
-
-def _in_files(run: RunConfig, source: ModelSource, recipe: dict[str, Any], engine: Engine) -> Store:
-    folder = Path(run.save_path) / "base"
-    if source.needs_folder and engine.is_main:
-        _write_base(folder, source, engine.device, recipe)
-    engine.barrier()
-    return source.on_disk(engine.device, folder)
 
 
 def client_store(
@@ -142,61 +157,76 @@ def client_store(
 ) -> Store:
     """The store of a client's own process, which reads its level's slice of the base from files.
 
-    `task` says which base (`base`, its digest) and where its run has it (`base_source`). On a machine that
-    does not see the run's folder a base that is not read from the model's own files is made. Raises
-    InputError if the base is another one here.
+    `task` says which base (`base`, its digest) and where it comes from (`origin`). On a machine that does not
+    see the run's folder a base that is not read from the model's own files is made. Raises InputError if the
+    base is another one here.
     """
-    config, weights_from = family.load_config(str(model_folder)), task["base_source"]
-    weights: Mapping[str, Tensor] = {}
-    if weights_from is not None:
-        weights = TensorFiles(Path(weights_from))
-        if weights.digest() != task["base"]:
+    run = dataclasses.replace(run, seed=task["origin"]["seed"])
+    config, folder = family.load_config(str(model_folder)), task["origin"]["folder"]
+    files = None if folder is None else TensorFiles(Path(folder))
+    base = None
+    if files is not None and task["base"] is not None:
+        base = BaseFiles(digest=files.digest(), stamps=files.stamps())
+        if base.digest != task["base"]:
             raise InputError(
-                f"{weights_from}: other weights than those of the run; expected the base that it started "
-                "from; name its folder on this machine with --init_from."
+                f"{folder}: other weights than those of the run; expected the base that it started from; "
+                "name its folder on this machine with --init_from."
             )
     is_made = (Path(run.save_path) / CONFIG_FILE).is_file()  # the run's own folder, and with it its base
-    if weights_from is None and not is_made and (run.tuning == "lora" or run.freeze_vit):
+    weights: Mapping[str, Tensor] = {} if files is None else files
+    if files is None and not is_made and (run.tuning == "lora" or run.freeze_vit):
         weights = dict(new_model(run, family, config).named_parameters())
     source = ModelSource(
         run if weights else dataclasses.replace(run, zero_tails=False),  # tails belong to initial weights
         family,
         config,
         weights,
-        from_scratch=weights_from is None,
+        from_scratch=files is None,
         vit_dtype=DTYPES[model_file.vit_precision],
     )
     if not source.models.base_shapes:
         return source.resident(engine.device)
-    if is_made:
-        return source.on_disk(engine.device, Path(run.save_path) / "base")
-    return _in_files(run, source, _recipe(run, model_file, config, weights, task["base"]), engine)
+    place = Path(run.save_path) / "base"
+    if source.needs_folder and not is_made:
+        place = _made(place, None, source, _recipe(run, model_file, config, base), engine)
+    return source.on_disk(engine.device, place)
 
 
-def _recipe(
-    run: RunConfig, model_file: ModelFile, config: Any, weights: Mapping[str, Tensor], digest: str | None
-) -> dict[str, Any]:
+def _recipe(run: RunConfig, model_file: ModelFile, config: Any, base: BaseFiles | None) -> dict[str, Any]:
     """All that decides the bits of a base in files, as JSON gives it back."""
-    of_files = weights.stamps() if isinstance(weights, TensorFiles) else {"seed": run.seed}
     recipe = {
         "arch": run.arch,
         "config": json.loads(config.to_json_string(use_diff=False)),
         "vit_precision": model_file.vit_precision,
-        "weights": [digest, of_files],
+        "weights": {"seed": run.seed} if base is None else dataclasses.asdict(base),
         "options": {name: getattr(run, name) for name in DECIDE_BASE},
     }
     return json.loads(json.dumps(recipe))
 
 
-def _write_base(folder: Path, source: ModelSource, device: torch.device, recipe: dict[str, Any]) -> None:
-    """Write a base, unless one of the same recipe is there: it is whole, for it was renamed into place.
+def _made(
+    folder: Path, spare: Path | None, source: ModelSource, recipe: dict[str, Any], engine: Engine
+) -> Path:
+    """Where a base of this recipe lies, on every rank: in `folder`, else where rank 0 wrote it.
 
-    A run that died before its first checkpoint may have left one of other options.
+    What is there is whole, for it was renamed into place. A run that died before its first checkpoint may
+    have left one of other options.
     """
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / MADE_FROM).read_text("utf-8")) == recipe:
-            return
-    temporary = folder.with_name(".base.tmp")
+    if engine.is_main and not _is_made_from(folder, recipe):
+        folder = spare or folder
+        _write_base(folder, source, engine.device, recipe)
+    return Path(engine.gather([str(folder)])[0])
+
+
+def _is_made_from(folder: Path, recipe: dict[str, Any]) -> bool:
+    try:
+        return json.loads((folder / MADE_FROM).read_text("utf-8")) == recipe
+    except (OSError, ValueError):
+        return False
+
+
+def _write_base(folder: Path, source: ModelSource, device: torch.device, recipe: dict[str, Any]) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         source.write(temporary, device)
@@ -217,6 +247,8 @@ def _from_part(
     earlier_file: ModelFile,
     family: ModelFamily,
     engine: Engine,
+    trained_on: Sequence[Path],
+    spare: Path | None,
 ) -> Start:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
     differing = [name for name in SAME_PART if getattr(earlier, name) != getattr(run, name)]
@@ -226,20 +258,33 @@ def _from_part(
             f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
         )
     base_run = dataclasses.replace(run, init_from=earlier.init_from, seed=earlier.seed)
-    start = start_from(base_run, earlier_file, family, [], str(source), engine)
-    check_same_base(source, start.base, earlier.init_from)
+    start = start_from(base_run, earlier_file, family, [], engine, [*trained_on, source], spare)
     state = dict(checkpoint.load(source).state)
     check_same_parameters(state, start.state, str(source))
     return dataclasses.replace(start, state=state)
 
 
-def check_same_base(folder: Path, base: str | None, init_from: str | None) -> None:
-    """A run or checkpoint whose frozen base is another one by now is refused."""
-    saved = saved_base(folder)
-    if saved is not None and saved != base:
-        raise InputError(
-            f"{folder}: was trained on other weights than {init_from} holds now; expected the base as it "
-            "was; put it back, or name the folder that has it with --init_from."
+def _check_same_base(trained_on: Sequence[Path], base: BaseFiles | None, init_from: str | None) -> None:
+    """A checkpoint whose frozen base is another one by now is refused; that it may be is told."""
+    touched = []
+    for checkpoint_folder in trained_on:
+        saved = saved_base(checkpoint_folder)
+        if saved is None:
+            continue
+        if base is None or saved.digest != base.digest:
+            raise InputError(
+                f"{checkpoint_folder}: was trained on other weights than {init_from} holds now; expected the "
+                "base as it was; put it back, or name the folder that has it with --init_from."
+            )
+        if saved.stamps != base.stamps:
+            touched.append(checkpoint_folder)
+    if touched:
+        log.warning(
+            "%s: the files of %s have other times or sizes than when it was trained on them; the first and "
+            "last row of every tensor are as they were, and no more was compared; if the files were not just "
+            "copied or touched, put the earlier ones back.",
+            touched[0],
+            init_from,
         )
 
 

@@ -140,7 +140,7 @@ def _run_of(task: Note, options: ClientOptions) -> tuple[RunConfig, ModelFile]:
     if options.use_gpu is not None:
         run = dataclasses.replace(run, use_gpu=options.use_gpu)
     if options.init_from is not None:
-        content["base_source"] = options.init_from
+        content["origin"]["folder"] = options.init_from
     if options.data_root is not None:
         run = dataclasses.replace(run, data_root=options.data_root, data_here="train", use_valid=True)
     return run, from_dict(ModelFile, content["model_file"])

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.utils import logging
 
 from scalefl.config.modelfile import ModelFile
 from scalefl.contracts import Axis, LevelSpec
 from scalefl.slicing.layout import LayoutTable
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without progress bars and reports of transformers."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class ModelFamily(Protocol):
