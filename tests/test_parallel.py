@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import (
+    Job,
     arguments,
     federation,
     forget_launch,
@@ -24,6 +26,8 @@ from runs import (
 
 from scalefl.contracts import ClientTask, InputError
 from scalefl.federation.workload import deal, examples_trained
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ROUNDING = 1e-6
 """Sums of five clients' changes of size 0.1 in another order, 2^-24 a term, in two rounds; the change of the
@@ -155,6 +159,71 @@ def test_ranks_end_without_their_launcher(tmp_path):
         while job.running() and time.monotonic() < end:
             time.sleep(0.1)
         assert job.running() == []
+
+
+def faulty(folder, kind, **more):
+    """Variables of processes in which the training of client 1 is hit, once over all of them."""
+    fault = {"client": 1, "kind": kind, "marks": str(folder / "marks"), **more}
+    path = os.pathsep.join(map(str, (ROOT / "tests" / "faults", ROOT, ROOT / "tests")))
+    return {"PYTHONPATH": path, "SCALEFL_FAULT": json.dumps(fault)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("executor", "times"), [("parallel", 1), ("sequential", 2)], ids=["apart", "together, both of them"]
+)
+def test_a_client_that_fails_is_tried_again(tmp_path, sequential, executor, times):
+    options = {"tuning": "full", "dropout_rate": 0.0}
+    command = ["-m", "scalefl", *arguments(tmp_path, executor=executor, **OPTIONS, **options)]
+    with launched(tmp_path, "ddp", command, **faulty(tmp_path, "raise", times=times)) as job:
+        assert job.end() == 0, job.output
+    assert largest_difference(state(tmp_path / "run", 2), state(sequential(**options), 2)) <= ROUNDING
+    failures = {c["client"]: c["failures"] for c in records(tmp_path / "run")[0]["clients"]}
+    assert failures == {0: [], 1: ["RuntimeError: a fault"], 2: [], 3: [], 4: []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options", "cause"),
+    [
+        (
+            "sleep",
+            {"executor": "parallel", "client_timeout": 5.0},
+            "trains for longer than --client_timeout 5",
+        ),
+        ("raise", {"executor": "sequential"}, "RuntimeError: a fault"),
+    ],
+    ids=["one hangs, apart", "one of two fails, together"],
+)
+def test_what_ranks_cannot_mend_ends_the_run_resumably(tmp_path, sequential, kind, options, cause):
+    """In one line. Of two that train a client together, the other waits in a collective for the one that
+    failed.
+    """
+    tuning = {"tuning": "full", "dropout_rate": 0.0}
+    more = {**OPTIONS, **tuning, **options, "save_every_seconds": 0.0}
+    command = ["-m", "scalefl", *arguments(tmp_path, **more)]
+    with launched(tmp_path, "ddp", command, **faulty(tmp_path, kind)) as job:
+        assert job.end() != 0
+        assert job.running() == []
+    (line,) = [text for text in job.output.splitlines() if text.startswith("scalefl:")]
+    assert cause in line and line.endswith(f"go on with `scalefl train --resume {tmp_path / 'run'}`.")
+    assert "exitcode: 75" in job.output.replace(" ", "").replace(":", ": ")
+    assert resume(tmp_path / "run", "--executor", "sequential") == 0
+    assert largest_difference(state(tmp_path / "run", 2), state(sequential(**tuning), 2)) <= ROUNDING
+
+
+@pytest.mark.slow
+def test_a_client_that_hangs_in_one_process(tmp_path, sequential):
+    """What was saved in mid-round is not trained again."""
+    options = {"tuning": "full", "dropout_rate": 0.0}
+    more = {**OPTIONS, **options, "save_every_seconds": 0.0, "client_timeout": 4.0}
+    fault = faulty(tmp_path, "sleep")
+    with Job(tmp_path, ["-m", "scalefl", *arguments(tmp_path, **more)], **fault) as job:
+        assert job.end() == 75
+    (line,) = [text for text in job.output.splitlines() if text.startswith("scalefl:")]
+    assert line.startswith("scalefl: client 1 (level 1), round 1 trains for longer than --client_timeout 4")
+    assert resume(tmp_path / "run") == 0
+    assert same_bits(state(tmp_path / "run", 2), state(sequential(**options), 2))
 
 
 @given(

@@ -259,8 +259,8 @@ class Engine:
         except Unfinished:
             if problem is None:
                 raise
-            self.board.give_up(problem)
-            raise Unfinished(problem) from None
+            self.board.give_up(problem)  # unless another rank did before, whose end this one saw
+            raise Unfinished(self.board.given_up() or problem) from None
         return next((word for word in words if word is not None), None)
 
     def meet(self, poll: Callable[[], None]) -> None:
