@@ -13,6 +13,7 @@ from scalefl.batches import Candidates
 from scalefl.features import FEATURE_BATCH
 from scalefl.federation.client import Objective
 from scalefl.planning.estimate import LIVE_ELEMENTS, Launch, estimate, optimizer_bytes
+from scalefl.planning.predict import RUNTIME
 from scalefl.planning.standin import Held
 from scalefl.planning.trace import Moment
 
@@ -82,6 +83,18 @@ def test_the_tower_is_held_where_its_features_are_not_cached(plan):
     for with_cache, without in zip(cached, held, strict=True):
         assert without["own"]["weights"] - with_cache["own"]["weights"] == 4 * tower
         assert without["parameters"] - with_cache["parameters"] == tower
+
+
+def test_a_client_s_need_counts_its_own_slice_of_what_is_trained(plan):
+    """On the CPU, where one memory holds both: beside the tower as well as in training."""
+    tower = {**MODEL["vision"], "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+    found = plan(model={"vision": tower}, tuning="full", freeze_vit=True, batch_size=1)
+    features, levels = found["features"], found["levels"]
+    assert features["host"] == levels[1]["bytes_each_way"]  # in a round: the whole state
+    for level in levels:
+        looking, training = features["total"] + level["bytes_each_way"], level["own"]
+        assert looking > training["total"] + training["host"]
+        assert level["needs"] == round(1.05 * looking) + RUNTIME["cpu"]
 
 
 def test_a_plan_costs_what_a_run_says(plan, tmp_path):

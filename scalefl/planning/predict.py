@@ -85,12 +85,18 @@ class Predictor:
         self.rounds_hold_all = holds_whole_base(run, shards_weights=options.zero_stage == 3)
         """Whether the process of a round holds the whole frozen base: not where it reads it from files."""
         self._models = ModelSource(run, subject.family, subject.config, {}).models
-        self.features: MemoryEstimate | None = None
-        """Of the vision tower's pass over every image, before the rest of the base is there."""
+        self._looking: MemoryEstimate | None = None
         if self.caches_features:
-            self.features = self._feature_pass()
+            self._looking = self._feature_pass()
             self._models.drop_vision()
         self._found: dict[tuple[float, int], LevelPlan] = {}
+
+    @property
+    def features(self) -> MemoryEstimate | None:
+        """Of the vision tower's pass over every image, in a round's process, before the base is there."""
+        if self._looking is None:
+            return None
+        return self._looking.with_states(_state_bytes(self._models), device=self.launch.device)
 
     @property
     def num_exits(self) -> int:
@@ -149,7 +155,7 @@ class Predictor:
             round=whole.with_states(2 * state, sent, device=device),  # the state, and the sum of changes
             own=own,
             evaluation=self.evaluation(models, level),
-            need=self._need(own),
+            need=self._need(own, sent),
         )
 
     def evaluation(self, models: SubModels, level: int) -> MemoryEstimate:
@@ -182,8 +188,7 @@ class Predictor:
             mode=mode,
         )
         alone = dataclasses.replace(self.launch, zero_stage=0)  # no engine has it yet
-        found = estimate_inference(held_by(tower), moments, alone)
-        return found.with_states(_state_bytes(self._models), device=alone.device)
+        return estimate_inference(held_by(tower), moments, alone)
 
     def _in_round(self, held: Held) -> Held:
         if not self.rounds_hold_all:
@@ -191,9 +196,12 @@ class Predictor:
         base = self._base
         return dataclasses.replace(held, frozen_bytes=base.frozen_bytes, frozen_elements=base.frozen_elements)
 
-    def _need(self, own: MemoryEstimate) -> int:
-        phases = [own] if self.features is None else [own, self.features]
+    def _need(self, own: MemoryEstimate, sent: int) -> int:
+        """Of a client's own process: first it looks at its images, beside what it was `sent`, then trains."""
         device = self.launch.device
+        phases = [own]
+        if self._looking is not None:
+            phases.append(self._looking.with_states(sent, device=device))
         return round(max(phase.on(device) for phase in phases) * (1 + MARGIN)) + RUNTIME[device]
 
     @functools.cached_property
