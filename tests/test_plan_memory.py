@@ -23,6 +23,8 @@ WIDE = {"text": MODEL["text"] | WIDE_TEXT, "model": MODEL["model"] | {"vit_preci
 """Hidden 64, of which NF4 packs rows; 2 layers with an exit each, 2 heads, 128 channels."""
 SMALL_TEXT = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "num_hidden_layers": 4}
 SMALL = {"text": MODEL["text"] | SMALL_TEXT | {"initializer_range": 0.02}}
+DEEP = {"text": SMALL["text"] | {"num_hidden_layers": 12}}
+"""Of which generation keeps more than scoring: keys and values of 12 layers."""
 
 
 # Weights, by hand
@@ -230,6 +232,21 @@ def test_what_zero_is_planned_with_is_what_is_shipped(offload, config):
         assert shipped["stage3_max_live_parameters"] == LIVE_ELEMENTS
 
 
+def test_generation_keeps_keys_and_values_of_every_layer(plan):
+    """When the last layer reads the prompts nothing else grows with layers. Scoring keeps nothing of them."""
+    rows, prompt, width = 8, 61, 128
+    typed = ("--seq_length", str(prompt + 2), "--answer_length", "2")
+    options = {"ee_locs": [2], "eval_batch_size": rows, "feature_cache": "off"}
+    most = {}
+    for scoring in ("rank", "generate"):
+        for layers in (12, 16):
+            model = {"text": SMALL["text"] | {"num_hidden_layers": layers}}
+            level = plan(*typed, model=model, scoring=scoring, **options)["levels"][1]
+            most[scoring, layers] = level["evaluation"]["total"]
+    assert most["rank", 16] == most["rank", 12]
+    assert most["generate", 16] - most["generate", 12] == 4 * 2 * rows * prompt * width * 4
+
+
 # Against real steps
 
 ROWS = [0, 1, 2, 3]
@@ -305,15 +322,22 @@ def test_predictions_hold_for_real_steps(tmp_path, plan, model, options):
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [(SMALL, {}), (SMALL, {"tuning": "lora"}), (SMALL, {"tuning": "lora", "precision": "bf16"})],
+    [
+        (SMALL, {}),
+        (SMALL, {"precision": "bf16"}),
+        (SMALL, {"tuning": "lora"}),
+        (SMALL, {"tuning": "lora", "precision": "bf16"}),
+        (DEEP, {"scoring": "generate"}),
+        (DEEP, {"scoring": "generate", "precision": "bf16"}),
+    ],
 )
 def test_predictions_hold_for_evaluation(tmp_path, plan, model, options):
     options = {"ee_locs": [2], "eval_batch_size": 8, "feature_cache": "off"} | options
     fed = federation(tmp_path, model, **options)
     ids = list(range(8))
     candidates = Candidates(ids=fed.answer_ids)
-    width = fed.batchers["val"].scoring(ids, candidates)["input_ids"].shape[1] - len(candidates.packed)
-    answer = len(candidates.ids[0])
+    width = fed.batchers["val"].prompts(ids)["input_ids"].shape[1]
+    answer = max(map(len, candidates.ids))
     lengths = ("--seq_length", str(width + answer), "--answer_length", str(answer))
     levels = plan(*lengths, model=model, **options)["levels"]
     evaluator, states = fed.evaluators["val"], sum(t.nbytes for t in fed.initial_state.values())

@@ -130,7 +130,8 @@ def _notes(run: RunConfig, predictor: Predictor, levels: Sequence[LevelPlan]) ->
         "split as it is at the moment of the peak: before the backward pass there are no gradients",
         "host: offloaded and paged parts, and trainable states on their way, in the first process"
         + ("; the same memory on the CPU" if device == "cpu" else ""),
-        f"evaluation: {run.eval_batch_size} rows a process and pass (--eval_batch_size), candidates packed",
+        f"evaluation: {run.eval_batch_size} rows a process and pass (--eval_batch_size), candidates packed"
+        + (", then generated with a cache of keys and values" if run.scoring == "generate" else ""),
         f"not counted: {shown(RUNTIME[device])} of {beside}, but in what clients need",
         f"not counted: {shown(predictor.bytes_of_image)} of host memory for every image that is held",
         *([GLIBC] if device == "cpu" else []),

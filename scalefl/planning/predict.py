@@ -25,6 +25,7 @@ from scalefl.config.options import RunConfig
 from scalefl.config.planoptions import PlanOptions
 from scalefl.contracts import LevelSpec
 from scalefl.engine.optimizers import PAGED, check_optimizer
+from scalefl.evaluate import TOKENS_BEYOND
 from scalefl.features import FEATURE_BATCH
 from scalefl.models.build import DTYPES, ModelSource, plan_levels
 from scalefl.models.cost import LevelCost, level_cost
@@ -163,8 +164,10 @@ class Predictor:
         mode = FakeTensorMode()
         model = self._stand_ins(models, _forward_only(self._run)).make(level, mode)
         rows = self._micro_batch(self._run.eval_batch_size)
-        moments = trace_scoring(model, models.vocab_size, rows, self._candidates, mode)
+        generated = self._subject.answer_length + TOKENS_BEYOND if self._run.scoring == "generate" else 0
         held = self._in_round(held_by(model))
+        model.requires_grad_(False)  # as a store's: of weights that require none autocast keeps no copies
+        moments = trace_scoring(model, models.vocab_size, rows, self._candidates, generated, mode)
         if self.launch.device == "cpu":  # there the trained part is views of the state
             held = dataclasses.replace(held, trainable=())
         states = 3 * _state_bytes(models)  # the one before, the sum of changes, and what was merged of both
