@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
-        run, model_file = resolve(command.flags, *command.config_files)
+        run, model_file = resolve(command.flags, *command.config_files, command=command.name)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
         if command.name == "plan":
             from scalefl.planning.command import plan
