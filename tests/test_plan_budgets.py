@@ -149,7 +149,7 @@ def test_amounts_and_units(tmp_path):
     rows = [
         {"client": 1, "memory": 8},
         {"client": 0, "memory": "8GiB", "flops": "2 TFLOP/s", "bandwidth": "1.5MB/s"},
-        {"client": 2, "memory": "0.5 GB", "flops": 1e12},
+        {"client": 2, "memory": "0.5 GB", "flops": 1e12, "bandwidth": 3},
     ]
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps(rows))
@@ -157,7 +157,7 @@ def test_amounts_and_units(tmp_path):
     assert [b.client for b in found] == ["0", "1", "2"]
     assert [b.memory for b in found] == [2**33, 8 * 10**9, 5 * 10**8]
     assert [b.flops for b in found] == [2e12, None, 1e12]
-    assert found[0].bandwidth == 1.5e6
+    assert [b.bandwidth for b in found] == [1.5e6, None, 3]
 
 
 def test_clients_that_are_sites_are_assigned_by_name(plan, tmp_path):
@@ -227,6 +227,13 @@ def test_bad_budgets(refused, tmp_path, content, lines):
     assert len(got) == len(lines)
     for line, expected in zip(got, lines, strict=True):
         assert line.startswith(expected)
+        (
+            "- {client: a, memory: 1, flops: 1}\n- {client: b, memory: 1, bandwidth: 1}",
+            [
+                "FILE: entry 1: flops: given without bandwidth; expected both, from which seconds a round",
+                "FILE: entry 2: bandwidth: given without flops; expected both, from which seconds a round",
+            ],
+        ),
 
 
 def test_a_missing_file_of_budgets(refused):
