@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from scalefl.planning.command import plan
 
             if _speaks():  # once under `accelerate launch`
-                plan(run, model_file, command.plan)
+                plan(run, model_file, command)
             return 0
         from scalefl.federation.run import train
 

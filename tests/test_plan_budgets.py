@@ -133,6 +133,7 @@ def test_train_takes_what_a_search_found(plan, tmp_path):
     run, _ = resolve(command.flags, *command.config_files)
     assert run.client_levels == (1, 1) and run.vertical_scale_ratios == (1.0,)
     assert run.client_names == ("a", "b")
+    assert "partitioner" not in yaml.safe_load(out.read_text())  # these are no sites
 
 
 def test_seconds_per_round(plan, tmp_path):
@@ -143,6 +144,21 @@ def test_seconds_per_round(plan, tmp_path):
     level = found["levels"][1]
     expected = 2 * level["macs"] * 3 * 50 / 1e9 + 2 * level["bytes_each_way"] / 10e3
     assert found["clients"][0]["seconds_per_round"] == pytest.approx(expected)
+
+
+def test_seconds_count_what_a_level_computes_again(plan, tmp_path):
+    """Of --checkpointing_levels alone: one pass more there, none elsewhere."""
+    small, large = (level["needs"] for level in plan()["levels"])
+    rows = [
+        {"client": n, "memory": f"{m}B", "flops": 1e9, "bandwidth": 1e4}
+        for n, m in (("a", small), ("b", large))
+    ]
+    typed = ("--client_budgets", budgets_file(tmp_path, rows), "--client_examples", "50")
+    found = plan(*typed, gradient_checkpointing=True, checkpointing_levels=[2])
+    for client, level, passes in zip(found["clients"], found["levels"], (3, 4), strict=True):
+        assert client["level"] == level["level"]
+        computing = client["seconds_per_round"] - 2 * level["bytes_each_way"] / 1e4
+        assert computing == pytest.approx(2 * level["macs"] * passes * 50 / 1e9)
 
 
 def test_amounts_and_units(tmp_path):
@@ -168,7 +184,7 @@ def test_clients_that_are_sites_are_assigned_by_name(plan, tmp_path):
     path = budgets_file(tmp_path, [{"client": site, "memory": f"{has[site]}B"} for site in sites])
     out = tmp_path / "assignment.yaml"
     plan("--client_budgets", path, "--out", str(out), partitioner="natural")
-    command = parse(arguments(tmp_path, "--config", str(out), partitioner="natural"))
+    command = parse(arguments(tmp_path, "--config", str(out)))  # which says that clients are sites
     forget_launch()
     fed = build(*resolve(command.flags, *command.config_files))
     held = [{fed.data.splits["train"][i].site for i in own} for own in fed.clients]
@@ -212,6 +228,13 @@ def test_levels_of_sites_need_their_names(tmp_path):
             ["FILE: entry 1: flops: got 'fast'; expected an amount above 0, such as 1e12 or 1TFLOP/s."],
         ),
         (
+            "- {client: a, memory: 1, flops: 1}\n- {client: b, memory: 1, bandwidth: 1}",
+            [
+                "FILE: entry 1: flops: given without bandwidth; expected both, from which seconds a round",
+                "FILE: entry 2: bandwidth: given without flops; expected both, from which seconds a round",
+            ],
+        ),
+        (
             "- {client: a, memory: 1}\n- {client: a, memory: 2}",
             ["FILE: client a: given 2 times; expected each client once."],
         ),
@@ -227,13 +250,6 @@ def test_bad_budgets(refused, tmp_path, content, lines):
     assert len(got) == len(lines)
     for line, expected in zip(got, lines, strict=True):
         assert line.startswith(expected)
-        (
-            "- {client: a, memory: 1, flops: 1}\n- {client: b, memory: 1, bandwidth: 1}",
-            [
-                "FILE: entry 1: flops: given without bandwidth; expected both, from which seconds a round",
-                "FILE: entry 2: bandwidth: given without flops; expected both, from which seconds a round",
-            ],
-        ),
 
 
 def test_a_missing_file_of_budgets(refused):
@@ -270,9 +286,39 @@ def test_search_cannot_number_levels_beforehand(refused, tmp_path):
 
 
 def test_an_assignment_that_cannot_be_written(refused, tmp_path):
-    path, out = budgets_file(tmp_path, [{"client": 0, "memory": 1}]), tmp_path / "nowhere" / "out.yaml"
+    """Found before anything is planned: what nobody meets would be, too."""
+    path, out = budgets_file(tmp_path, [{"client": 0, "memory": "1B"}]), tmp_path / "nowhere" / "out.yaml"
     (line,) = refused("--client_budgets", path, "--out", str(out))
     assert line.startswith(f"--out {out}: No such file or directory; expected a file in a folder that is")
+
+
+def test_an_assignment_replaces_nothing_that_it_is_made_from(refused, plan, tmp_path):
+    """Not even where an earlier plan wrote it."""
+    path, out = budgets_file(tmp_path, [{"client": "a", "memory": 1}]), tmp_path / "out.yaml"
+    plan("--client_budgets", path, "--out", str(out))
+    first = out.read_text()
+    (link := tmp_path / "link.yaml").symlink_to(out)
+    for config, wanted in ((out, link), (link, out)):
+        typed = ("--client_budgets", path, "--config", str(config), "--out", str(wanted))
+        (line,) = refused(*typed)
+        assert line == f"--out {wanted}: is what --config {config} reads; expected another name."
+    (line,) = refused("--client_budgets", path, "--out", path)
+    assert line == f"--out {path}: is what --client_budgets {path} reads; expected another name."
+    assert out.read_text() == first
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_number_of_clients_that_budgets_do_not_have_is_refused(refused, plan, tmp_path, in_file):
+    path = budgets_file(tmp_path, [{"client": name, "memory": 1} for name in "abc"])
+    (config := tmp_path / "mine.yaml").write_text("num-clients: 7\n")
+    typed = ("--config", str(config)) if in_file else ("--num_clients", "7")
+    (line,) = refused("--client_budgets", path, *typed)
+    where = f"{config}: num_clients" if in_file else "--num_clients"
+    assert line == (
+        f"{where}: got 7, but --client_budgets {path} names 3 clients; expected the same number; "
+        "drop it, or mend the file."
+    )
+    assert len(plan("--client_budgets", path, *typed, "--num_clients", "3")["clients"]) == 3
 
 
 def test_an_assignment_replaces_nothing_but_an_assignment(refused, plan, tmp_path):
@@ -281,9 +327,7 @@ def test_an_assignment_replaces_nothing_but_an_assignment(refused, plan, tmp_pat
     first = out.read_text()
     plan("--client_budgets", path, "--out", str(out), batch_size=2)
     assert first != out.read_text() and not list(tmp_path.glob(".*"))
-    for mine in (path, str(tmp_path / "mine.txt")):
-        (tmp_path / "mine.txt").write_text("mine")
-        (line,) = refused("--client_budgets", path, "--out", mine)
-        assert line == f"--out {mine}: a file that `scalefl plan` did not write; expected another name."
-    assert yaml.safe_load((tmp_path / "budgets.yaml").read_text()) == [{"client": 0, "memory": 1}]
-    assert (tmp_path / "mine.txt").read_text() == "mine"
+    (mine := tmp_path / "mine.txt").write_text("mine")
+    (line,) = refused("--client_budgets", path, "--out", str(mine))
+    assert line == f"--out {mine}: a file that `scalefl plan` did not write; expected another name."
+    assert mine.read_text() == "mine"
