@@ -24,9 +24,10 @@ from scalefl.config.origin import base_of_part
 from scalefl.config.saved import saved_base
 from scalefl.contracts import InputError, State
 from scalefl.engine.launch import Engine
-from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
+from scalefl.models.build import ModelSource, check_weights, new_model
 from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles
+from scalefl.models.holding import DTYPES
 from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")

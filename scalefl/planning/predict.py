@@ -20,6 +20,7 @@ from scalefl.config.derived import (
     feature_dtype,
     holds_whole_base,
     micro_batch_size,
+    uses_gpu,
 )
 from scalefl.config.options import RunConfig
 from scalefl.config.planoptions import PlanOptions
@@ -27,8 +28,9 @@ from scalefl.contracts import LevelSpec
 from scalefl.engine.optimizers import PAGED, check_optimizer
 from scalefl.evaluate import TOKENS_BEYOND
 from scalefl.features import FEATURE_BATCH
-from scalefl.models.build import DTYPES, ModelSource, plan_levels
+from scalefl.models.build import ModelSource, plan_levels
 from scalefl.models.cost import LevelCost, level_cost
+from scalefl.models.holding import DTYPES, Holding
 from scalefl.models.submodels import WHOLE, SubModels
 from scalefl.planning.estimate import Launch, MemoryEstimate, estimate, estimate_inference
 from scalefl.planning.standin import Held, StandIns, held_by
@@ -175,8 +177,7 @@ class Predictor:
 
     def evaluation_of_whole(self, levels: Sequence[LevelPlan]) -> MemoryEstimate | None:
         """Of the whole model, which is evaluated where no level is the whole."""
-        sizes = {name: axis.size for name, axis in self._models.axes.items()}
-        if any(level.spec.depth == self.num_exits and level.spec.is_whole(sizes) for level in levels):
+        if any(self._models.is_whole(level.spec) for level in levels):
             return None
         return self.evaluation(self._models, WHOLE)
 
@@ -218,11 +219,8 @@ class Predictor:
         return Candidates(ids=((PLACEHOLDER_ID,) * self._subject.answer_length,) * len(self._run.answers))
 
     def _stand_ins(self, models: SubModels, run: RunConfig) -> StandIns:
-        return StandIns(models=models, run=run, vit_dtype=self._vit_dtype)
-
-    @property
-    def _vit_dtype(self) -> torch.dtype:
-        return DTYPES[self._subject.model_file.vit_precision]
+        vit_dtype = DTYPES[self._subject.model_file.vit_precision]
+        return StandIns(holding=Holding(run=run, models=models, vit_dtype=vit_dtype))
 
     def _micro_batch(self, rows: int) -> StepShape:
         run, subject = self._run, self._subject
@@ -258,5 +256,4 @@ def _state_bytes(models: SubModels) -> int:
 def _device(run: RunConfig, options: PlanOptions) -> str:
     if options.device is not None:
         return options.device
-    use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
-    return "cuda" if use_gpu else "cpu"
+    return "cuda" if uses_gpu(run, torch.cuda.is_available()) else "cpu"
