@@ -4,11 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from runs import arguments, budgets_file, environment, start, state
 
 from scalefl.cli import main
+from scalefl.planning.command import PARTS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -64,20 +68,46 @@ def test_a_plan_from_a_saved_run_reads_its_config(tmp_path, capsys):
     assert level["parameters"] == sum(tensor.numel() for tensor in state(saved.parents[1], 1).values())
 
 
-def test_the_full_size_model_is_planned_without_its_weights():
-    """In a process of its own: its weights would take 13 GB. Without adapters they are 8 billion."""
+@pytest.fixture(scope="module")
+def full_size():
+    """The plan of the full-size model under the options of launch/low_memory.sh, and the kB that it took.
+
+    In a process of its own: its weights would take 13 GB.
+    """
+    typed = "--cfg_path minigpt_v2 --tuning lora --quantization nf4 --precision bf16 --feature_cache file "
+    typed += "--gradient_checkpointing --optimizer paged_adamw_8bit --micro_batch_size 1 --batch_size 8 "
+    typed += "--eval_batch_size 8 --device cuda --json"
     script = (
-        "import resource, sys; from scalefl.cli import main; "
-        "code = main(['plan', '--cfg_path', 'minigpt_v2', '--precision', 'bf16', '--quantization', 'nf4', "
-        "'--batch_size', '2', '--device', 'cuda', '--json']); "
+        "import resource, sys; from scalefl.cli import main; code = main(['plan', *sys.argv[1:]]); "
         "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment()
-    )
+    command = [sys.executable, "-c", script, *typed.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
     found, last = done.stdout.strip().splitlines()
     code, kilobytes = map(int, last.split())
-    assert code == 0 and kilobytes < 1_000_000
-    levels = json.loads(found)["levels"]
-    whole = levels[-1]["own"]["weights"]
+    assert code == 0
+    return json.loads(found), kilobytes
+
+
+def test_the_full_size_model_is_planned_without_its_weights(full_size):
+    """Without adapters they are 8 billion."""
+    found, kilobytes = full_size
+    assert kilobytes < 1_000_000
+    whole = found["levels"][-1]["own"]["weights"]
     assert 3.5e9 < whole < 4.5e9  # 6.5 billion at 4.13 bits, 0.3 billion in bf16, adapters in fp32
+
+
+def test_the_documents_say_what_is_planned(full_size):
+    """docs/memory.md: every row of the sample, and of the table of GPUs the recipe's as it is."""
+    found, text = full_size[0], (ROOT / "docs" / "memory.md").read_text()
+    levels = found["levels"]
+    names = {"training in a round": "round", "training, own process": "own", "evaluation": "evaluation"}
+    said = {name: {f"level {n}": at[key] for n, at in enumerate(levels, 1)} for name, key in names.items()}
+    said["image features"] = {"all": found["features"]}
+    rows = re.findall(rf"^  (all|level \d) +({'|'.join(said)}) +(.*)$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for level, name, numbers in rows:
+        assert numbers.split() == [f"{said[name][level][part] / 1e9:,.2f}" for part in PARTS]
+    peak = max(memory["total"] for by_level in said.values() for memory in by_level.values())
+    needs = ", ".join(f"{level['needs'] / 1e9:.1f}" for level in levels)
+    assert f"| 8 GB | none | {peak / 1e9:.1f} GB | {needs} GB |" in text
