@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
-        run, model_file = resolve(command.flags, *command.config_files)
+        run, model_file = resolve(command.flags, *command.config_files, command=command.name)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
         if command.name == "plan":
             from scalefl.planning.command import plan
 
             if _speaks():  # once under `accelerate launch`
-                plan(run, model_file, command.plan)
+                plan(run, model_file, command)
             return 0
         from scalefl.federation.run import train
 

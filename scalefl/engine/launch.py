@@ -16,6 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
+from scalefl.config.derived import uses_gpu
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, State
 from scalefl.engine.optimizers import check_optimizer
@@ -31,7 +32,7 @@ class Engine:
     """One process, or one of several under DDP or DeepSpeed's ZeRO."""
 
     def __init__(self, run: RunConfig) -> None:
-        use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
+        use_gpu = uses_gpu(run, torch.cuda.is_available())
         if use_gpu and not torch.cuda.is_available():
             raise InputError(
                 "--use_gpu: no CUDA GPU was found; leave the flag out (or --use_gpu 0) to run on the CPU, "
