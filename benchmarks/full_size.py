@@ -7,8 +7,11 @@ Four levels, batches of one, LoRA of rank 64, a resident base. The weights are m
 as sharded safetensors (16 GB for each image size, below --weights); every case then is a process of its own
 that reads them as `scalefl train --init_from` does, computes the features of every image, and does one round
 with evaluation and checkpoint. Peaks are those of the round, on a GPU what tensors take
-(max_memory_allocated) and what PyTorch reserves for them; reading and quantising the base come before, and
-are shown beside it. On a CPU: anonymous memory beyond the imports, and resident memory.
+(max_memory_allocated) and what PyTorch reserves for them; reading and quantising the base and the features
+come before, and are shown beside it. On a CPU: anonymous memory beyond the imports, and resident memory.
+
+"level 1 alone" is a client of the weakest level in a process of its own, which reads its slice from files.
+Its ratio is that of the larger of both peaks to 2.5 GB.
 """
 
 import argparse
@@ -28,23 +31,31 @@ from measuring import (
     STEADY_MALLOC,
     Row,
     TimedSequential,
+    device_peak,
     forget_peak,
     memory_now,
     peak_memory,
     show,
 )
 from midsize import resolved
+from own_process import peak_of_a_client
 from torch import Tensor
 
 from scalefl.config.modelfile import EVA_VIT_G, LLAMA_2_7B, ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.data.synthetic import load
 from scalefl.federation.run import train
+from scalefl.federation.setup import build
 from scalefl.models.files import write_tensors
 from scalefl.models.minigptv2 import FAMILY
 
 LIMIT = 1.10
 """Of the peak with more clients over that with the fewest."""
+ALONE = 0
+"""In place of a number of clients: one client of level 1, in its own process."""
+CLIENT_ALONE = {"num_clients": 1, "client_levels": [1], "base_store": "file"}
+ALONE_BYTES = 2.5e9
+"""What that process is to stay within under NF4, its look at the images included."""
 FULL = {
     "model": {"vit_precision": "fp16"},
     "vision": {name: size for name, size in EVA_VIT_G.items() if name != "ln_vision_eps"},
@@ -90,22 +101,29 @@ def every_case(arguments: Any) -> int:
     """Print the table; the exit code."""
     rows = []
     for pixels in arguments.pixels:
-        in_own_process(arguments, pixels, "write", 0)
+        in_own_process(arguments, pixels, "write", ALONE)
         for base in arguments.bases:
-            found = [in_own_process(arguments, pixels, base, count) for count in arguments.clients]
-            for count, one in zip(arguments.clients, found, strict=True):
-                cells = [f"{one[kind] / MIB:.0f}" for kind in ("peak", "reserved", "building")]
-                seconds = " / ".join(f"{one['seconds'][level]:.3f}" for level in sorted(one["seconds"]))
-                ratio = one["peak"] / found[0]["peak"] if one is not found[0] else None
-                limit = None if ratio is None or arguments.small else LIMIT
-                cells = (one["pixels"], base, count, *cells, seconds)
-                rows.append(Row(cells=cells, ratio=ratio, limit=limit))
+            found = {n: in_own_process(arguments, pixels, base, n) for n in (*arguments.clients, ALONE)}
+            rows += [row(base, n, one, found[arguments.clients[0]], arguments) for n, one in found.items()]
     columns = ["pixels", "base", "clients", "peak MiB", "reserved MiB", "peak of building", "s/step by level"]
     return show("MiniGPT-v2, one round at batch 1", columns, rows)
 
 
+def row(base: str, clients: int, one: Any, fewest: Any, arguments: Any) -> Row:
+    """Of a model of no weight ratios are not judged."""
+    sizes = [f"{one[kind] / MIB:.0f}" for kind in ("peak", "reserved", "building")]
+    seconds = " / ".join(f"{one['seconds'][level]:.3f}" for level in sorted(one["seconds"])) or "-"
+    cells = (one["pixels"], base, clients or "level 1 alone", *sizes, seconds)
+    if clients == ALONE:
+        ratio, limit = max(one["peak"], one["building"]) / ALONE_BYTES, 1.0 if base == "nf4" else None
+    else:
+        ratio, limit = None if one is fewest else one["peak"] / fewest["peak"], LIMIT
+    return Row(cells=cells, ratio=ratio, limit=None if ratio is None or arguments.small else limit)
+
+
 def in_own_process(arguments: Any, pixels: int, base: str, clients: int) -> Any:
-    print(f"{pixels} pixels, {base}, {clients} clients ...", file=sys.stderr)
+    what = f"{clients} clients" if clients != ALONE else "alone"
+    print(f"{pixels} pixels, {base}, {what} ...", file=sys.stderr)
     command = [sys.executable, sys.argv[0], "--device", arguments.device, "--weights", str(arguments.weights)]
     command += ["--small"] * arguments.small + ["--case", str(pixels), base, str(clients)]
     done = subprocess.run(command, env=os.environ | STEADY_MALLOC, capture_output=True, text=True)
@@ -115,7 +133,7 @@ def in_own_process(arguments: Any, pixels: int, base: str, clients: int) -> Any:
 
 
 def case(pixels: int, base: str, clients: int, arguments: Any) -> dict[str, Any]:
-    """Write the weights, or train a round on them."""
+    """Write the weights, or train on them: a round, or one client alone."""
     small, on_gpu = arguments.small, arguments.device == "cuda"
     size = SMALL_PIXELS[pixels] if small else pixels
     weights = arguments.weights / f"{'small' if small else 'full'}-{pixels}"
@@ -133,7 +151,7 @@ def case(pixels: int, base: str, clients: int, arguments: Any) -> dict[str, Any]
             batch_size=1,
             eval_batch_size=1,
             local_steps=STEPS,
-            num_clients=max(clients, 4),
+            **({"num_clients": max(clients, 4)} if clients != ALONE else CLIENT_ALONE),
             num_rounds=1,
             num_patients=60,
             use_gpu=on_gpu,
@@ -143,7 +161,8 @@ def case(pixels: int, base: str, clients: int, arguments: Any) -> dict[str, Any]
             if not (weights / "config.json").is_file():
                 write_weights(weights, run, model_file, torch.device(arguments.device))
             return {}
-        return {"pixels": size, **measured(run, model_file, on_gpu)}
+        measure = measured_alone if clients == ALONE else measured
+        return {"pixels": size, **measure(run, model_file, on_gpu)}
 
 
 def measured(run: RunConfig, model_file: ModelFile, on_gpu: bool) -> dict[str, Any]:
@@ -171,6 +190,19 @@ def measured(run: RunConfig, model_file: ModelFile, on_gpu: bool) -> dict[str, A
         for level, found in TimedSequential.rounds[0].steps.items()
     }
     return {"peak": peak, "reserved": reserved, "building": building, "seconds": seconds}
+
+
+def measured_alone(run: RunConfig, model_file: ModelFile, on_gpu: bool) -> dict[str, Any]:
+    """As `measured`, of a client of level 1; building is all before its training, which is not timed."""
+    before = memory_now().anonymous
+    federation = build(run, model_file)
+    building = device_peak(federation.store.device)
+    if on_gpu:
+        torch.cuda.empty_cache()
+    peak = peak_of_a_client(federation, 1)
+    reserved = torch.cuda.max_memory_reserved() if on_gpu else peak_memory().resident
+    beyond = 0 if on_gpu else before
+    return {"peak": peak - beyond, "reserved": reserved, "building": building - beyond, "seconds": {}}
 
 
 def write_weights(folder: Path, run: RunConfig, model_file: ModelFile, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """What the benchmarks measure with, and how they show it: memory of this process, time of steps, a table."""
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scalefl.contracts import ClientTask, ClientUpdate, State
+from scalefl.evaluate import Evaluator
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.sequential import Sequential
 from scalefl.federation.setup import Federation
@@ -100,6 +102,25 @@ class PeakSequential(Sequential):
         forget_device_peak(self._store.device)
         yield from super()._level(tasks, level, global_state, lr)
         self.peaks[level] = device_peak(self._store.device)
+
+
+@contextlib.contextmanager
+def watched_evaluation() -> Iterator[dict[int, int]]:
+    """Within, level -> the largest `device_peak` of its evaluations."""
+    peaks: dict[int, int] = {}
+    evaluate = Evaluator.level
+
+    def watched(self: Any, level: int, *arguments: Any) -> Any:
+        forget_device_peak(self._engine.device)
+        found = evaluate(self, level, *arguments)
+        peaks[level] = max(peaks.get(level, 0), device_peak(self._engine.device))
+        return found
+
+    Evaluator.level = watched
+    try:
+        yield peaks
+    finally:
+        Evaluator.level = evaluate
 
 
 @dataclass

@@ -11,7 +11,7 @@ from scalefl.batches import Batcher, Ids
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.data.synthetic import load
-from scalefl.models.build import DTYPES
+from scalefl.models.holding import DTYPES
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2Config, MiniGPTv2ForConditionalGeneration
 from scalefl.objective import exit_losses
 

@@ -1,4 +1,4 @@
-"""Peak memory of a client of every level, against what `scalefl plan` predicts for it.
+"""Peak memory of clients, evaluation and image features, against what `scalefl plan` predicts for them.
 
     python benchmarks/plan_accuracy.py [--cases lora lora-nf4 ...] [--levels 1 2 3 4] [--device cpu|cuda]
         [--small]
@@ -6,7 +6,8 @@
 Two kinds of process train, each a fresh one, two optimizer steps a client. "own process": a client of one
 level alone, with the base in files, and of the trainable state the slice it was sent; from when its sub-model
 is there to its change. "in a round": `scalefl train` with clients of all levels on a resident base; each
-level from the making of its sub-model to its last client's merge. Of two processes the first is looked at.
+level from the making of its sub-model to its last client's merge, and its evaluation. Of two processes the
+first is looked at. The cases "tower" are the pass over the images of a larger tower, feature_cache.py's.
 
 Counted is on the CPU what a process has in memory beyond its imports (anonymous pages, and the weights that
 are pages of the base's files); planned is `total` and `host`, which is the same memory there. On a GPU it is
@@ -14,7 +15,6 @@ what tensors take (max_memory_allocated), against `total`.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import socket
@@ -28,32 +28,29 @@ from typing import Any
 
 import torch
 import yaml
+from feature_cache import TOWER
 from measuring import (
     MIB,
     STEADY_MALLOC,
     PeakSequential,
     Row,
-    bytes_in_files,
-    device_peak,
-    forget_device_peak,
     memory_now,
     show,
+    watched_evaluation,
 )
 from midsize import options_of
-from safetensors.torch import load_file, save_file
+from own_process import peak_of_a_client, peak_of_features
 
 from scalefl.config.resolve import resolve
-from scalefl.contracts import ClientTask
-from scalefl.federation.client import ClientTrainer
 from scalefl.federation.run import train
-from scalefl.federation.setup import Federation, build
+from scalefl.federation.setup import build
 
 LEAST, MOST = 0.85, 1.15
-ROUND, OWN = "in a round", "own process"
-PARTS = {ROUND: "round", OWN: "own"}
-"""Where a client trains -> the key of its prediction in the plan."""
+ROUND, EVALUATION, OWN, FEATURES = "in a round", "evaluation", "own process", "image features"
+PARTS = {ROUND: "round", EVALUATION: "evaluation", OWN: "own"}
+"""What a process does -> the key of its prediction in a level's plan."""
 FOUND = "found.json"
-"""In a process's folder: level -> bytes."""
+"""In a process's folder: what it does -> level (0: all of them) -> bytes."""
 LEVELS = (1, 2, 3, 4)
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,6 +64,8 @@ class Case:
     """Two processes under one of accelerate_configs/; None: one process."""
     plan: tuple[str, ...] = ()
     """What tells `plan` of that launch."""
+    sections: Mapping[str, Any] | None = None
+    """Of the model file, of a case that looks at image features alone."""
 
 
 CASES = {
@@ -78,6 +77,8 @@ CASES = {
     "full-zero2": Case(
         options={"tuning": "full"}, launch="zero2", plan=("--zero_stage", "2", "--world_size", "2")
     ),
+    "tower": Case(options={}, sections=TOWER),
+    "tower-bf16": Case(options={"precision": "bf16"}, sections=TOWER),
 }
 
 
@@ -122,33 +123,34 @@ def row(one: Mapping[str, Any], judged: bool) -> Row:
 
 
 def compared(name: str, arguments: Any) -> Iterator[dict[str, Any]]:
-    """Every level of one case in both kinds of process, in bytes."""
+    """All that one case's processes do, in bytes."""
     case = CASES[name]
     plans = planned(case, arguments)
-    found = {ROUND: in_own_process(name, 0, arguments), OWN: {}}
-    for level in arguments.levels:
-        found[OWN] |= in_own_process(name, level, arguments)
-    for where, by_level in found.items():
-        for level in arguments.levels:
-            expected = plans[level - 1][PARTS[where]]
+    found: dict[str, dict[str, int]] = {}
+    for level in (0, *(() if case.sections else arguments.levels)):
+        for what, by_level in in_own_process(name, level, arguments).items():
+            found.setdefault(what, {}).update(by_level)
+    for what, by_level in found.items():
+        for level in [0] if what == FEATURES else arguments.levels:
+            expected = plans["features"] if what == FEATURES else plans["levels"][level - 1][PARTS[what]]
             size = expected["total"] + (expected["host"] if arguments.device == "cpu" else 0)
             peak = by_level[str(level)]
             sizes = {"measured": peak, "planned": size, "ratio": peak / size}
-            yield {"case": name, "level": level, "where": where, **sizes}
+            yield {"case": name, "level": level or "all", "where": what, **sizes}
 
 
 def planned(case: Case, arguments: Any) -> Any:
-    """What the command says of each level."""
+    """What the command says."""
     with tempfile.TemporaryDirectory() as folder:
         options = Path(folder) / "run.yaml"
         options.write_text(yaml.safe_dump(case_options(case, Path(folder), arguments)))
         typed = ["plan", "--config", str(options), "--device", arguments.device, *case.plan, "--json"]
-        return json.loads(output_of([sys.executable, "-m", "scalefl", *typed]))["levels"]
+        return json.loads(output_of([sys.executable, "-m", "scalefl", *typed]))
 
 
 def in_own_process(name: str, level: int, arguments: Any) -> Any:
-    """Level -> bytes: of all levels of a round, as level 0, or of one alone."""
-    print(f"{name}, {f'level {level}' if level else 'a round'} ...", file=sys.stderr)
+    """What a process measured: of a round or of image features, as level 0, or of one level alone."""
+    print(f"{name}, {f'level {level}' if level else 'all levels'} ...", file=sys.stderr)
     command = [str(Path(__file__).resolve()), "--device", arguments.device]
     command += ["--threads", str(arguments.threads), *["--small"] * arguments.small]
     with tempfile.TemporaryDirectory() as folder:
@@ -178,6 +180,7 @@ def case_options(case: Case, folder: Path, arguments: Any, **options: Any) -> di
     return options_of(
         folder,
         small=arguments.small,
+        sections=None if arguments.small else case.sections,
         num_patients=40,  # images and features are in no plan, and are to be few
         num_rounds=1,
         use_gpu=arguments.device == "cuda",
@@ -187,7 +190,7 @@ def case_options(case: Case, folder: Path, arguments: Any, **options: Any) -> di
 
 
 def measure(case: Case, level: int, folder: Path, arguments: Any) -> None:
-    """Write the bytes of each level of a round, as level 0, or of one level alone, in the first process."""
+    """Write, in the first process, the bytes of a round or of image features, as level 0, or of one level."""
     import bitsandbytes  # noqa: F401  # a run imports these late
     import flwr_datasets.partitioner  # noqa: F401
     import peft  # noqa: F401
@@ -200,54 +203,24 @@ def measure(case: Case, level: int, folder: Path, arguments: Any) -> None:
 
     before = 0 if arguments.device == "cuda" else memory_now().anonymous
     rank, in_common = os.environ.get("RANK", "0"), {"save_path": str(folder / "run")}
-    if level:
-        alone = {"num_clients": 1, "client_levels": [level], "base_store": "file"}
-        run, model_file = resolve(case_options(case, folder / rank, arguments, **in_common, **alone))
-        peaks = {level: peak_of_a_client(build(run, model_file), level)}
+    found: dict[str, Mapping[int, int]]
+    if level or case.sections:
+        alone = {"num_clients": 1, "client_levels": [level or 1], "base_store": "file"}
+        alone |= {"feature_cache": "off"} if case.sections else {}
+        federation = build(*resolve(case_options(case, folder / rank, arguments, **in_common, **alone)))
+        if level:
+            found = {OWN: {level: peak_of_a_client(federation, level)}}
+        else:
+            found = {FEATURES: {0: peak_of_features(federation)}}
     else:
         # Two of level 1, so that its second one trains beside the server's sums.
         every = {"num_clients": 5, "client_levels": [1, *LEVELS], "executor": "measuring:PeakSequential"}
-        train(*resolve(case_options(case, folder / rank, arguments, **in_common, **every)))
-        peaks = PeakSequential.peaks
+        with watched_evaluation() as evaluation:
+            train(*resolve(case_options(case, folder / rank, arguments, **in_common, **every)))
+        found = {ROUND: PeakSequential.peaks, EVALUATION: evaluation}
     if rank == "0":
-        (folder / FOUND).write_text(json.dumps({at: peak - before for at, peak in peaks.items()}))
-
-
-def peak_of_a_client(federation: Federation, level: int) -> int:
-    """From a state in a file, of which it takes its slice, to its change."""
-    run, store, engine = federation.run, federation.store, federation.engine
-    path = Path(run.save_path) / "state.safetensors"
-    if engine.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(federation.initial_state, path)
-    engine.barrier()
-    federation = dataclasses.replace(federation, initial_state={})
-    state = load_file(path)  # pages of the file, which go with it
-    received = {name: t.clone() for name, t in store.models.level_state(level, state).items()}
-    model: Any = store.submodel(level, state, own=True, place=engine.place)
-    del state
-    if run.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    # On the CPU a base in files is pages of these; of what is read in passing nothing need stay in memory.
-    base = bytes_in_files(model.parameters(), Path(run.save_path) / "base")
-    task = ClientTask(client=0, level=level, round=1, example_ids=federation.clients[0])
-    forget_device_peak(store.device)
-    session = engine.session(model, run)
-    update = trainer_of(federation).train(session, task, received, run.lr)
-    assert update.metrics["steps"] == run.local_steps
-    return device_peak(store.device) + base
-
-
-def trainer_of(federation: Federation) -> ClientTrainer:
-    return ClientTrainer(
-        run=federation.run,
-        engine=federation.engine,
-        batcher=federation.batchers["train"],
-        answer_ids=None,
-        vocab_size=federation.store.models.vocab_size,
-        check_stop=lambda engine: None,
-        on_step=lambda *_: None,
-    )
+        sizes = {what: {at: n - before for at, n in by_level.items()} for what, by_level in found.items()}
+        (folder / FOUND).write_text(json.dumps(sizes))
 
 
 if __name__ == "__main__":

@@ -42,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             work(command.client)
             return 0
-        run, model_file = resolve(command.flags, *command.config_files)
+        run, model_file = resolve(command.flags, *command.config_files, command=command.name)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
         if command.name == "plan":
             from scalefl.planning.command import plan
 
             if _speaks():  # once under `accelerate launch`
-                plan(run, model_file, command.plan)
+                plan(run, model_file, command)
             return 0
         from scalefl.federation.run import train
 

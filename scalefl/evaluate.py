@@ -20,6 +20,8 @@ from scalefl.engine.launch import Engine
 from scalefl.models.store import Store
 
 UNPARSABLE = -1
+TOKENS_BEYOND = 2
+"""Generated tokens beyond the longest answer, so that a longer one shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ class Evaluator:
             out = model.generate(
                 **inputs,
                 exit=exit,
-                max_new_tokens=longest + 2,
+                max_new_tokens=longest + TOKENS_BEYOND,
                 do_sample=False,
                 synced_gpus=self._engine.shards_weights,
             )

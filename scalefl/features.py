@@ -29,7 +29,7 @@ from scalefl.config.derived import feature_dtype, features_in_files
 from scalefl.config.options import RunConfig
 from scalefl.contracts import Example, InputError
 from scalefl.engine.launch import Engine
-from scalefl.models.build import DTYPES
+from scalefl.models.holding import DTYPES
 from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")

@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests of the data sets."""
+"""Fixtures shared by the tests of the data sets, and by those of `scalefl plan`."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,37 @@ def kneexray_root() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return root
+
+
+@pytest.fixture
+def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """A function from options of the command and the model to what `scalefl plan --json` says of them."""
+    from runs import arguments  # imported late: it changes the process that it is imported into
+
+    from scalefl.cli import main
+
+    def run_it(*typed: str, model: Any = None, **train: Any) -> Any:
+        capsys.readouterr()
+        command = arguments(tmp_path, *typed, "--json", model=model, **train)[1:]
+        assert main(["plan", *command]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run_it
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """As `plan`, of options that are refused: the lines of the refusal."""
+    from runs import arguments
+
+    from scalefl.cli import main
+
+    def run_it(*typed: str, model: Any = None, **train: Any) -> list[str]:
+        capsys.readouterr()
+        assert main(["plan", *arguments(tmp_path, *typed, model=model, **train)[1:]]) == 2
+        return [line.removeprefix("scalefl: ") for line in capsys.readouterr().err.splitlines()]
+
+    return run_it
 
 
 def _plain(value: Any) -> Any:

@@ -25,8 +25,9 @@ from scalefl.cli import main
 from scalefl.contracts import InputError, State
 from scalefl.federation.rounds import sample_cohort
 from scalefl.federation.setup import Federation
-from scalefl.models.build import DTYPES, ModelSource
+from scalefl.models.build import ModelSource
 from scalefl.models.build import new_model as random_model
+from scalefl.models.holding import DTYPES
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2ForConditionalGeneration
 
 PRECISIONS = ("fp32", "bf16")

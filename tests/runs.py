@@ -81,6 +81,13 @@ def arguments(folder: Path, *typed: str, model: Mapping[str, Any] | None = None,
     return ["train", "--cfg-path", str(cfg_path), "--save_path", str(folder / "run"), *typed]
 
 
+def budgets_file(folder: Path, budgets: Any) -> str:
+    """Clients' machines as a YAML file, for `scalefl plan`; a text is written as it is."""
+    path = folder / "budgets.yaml"
+    path.write_text(budgets if isinstance(budgets, str) else yaml.safe_dump(budgets))
+    return str(path)
+
+
 def start(folder: Path, *typed: str, **train: Any) -> Path:
     """Train to the end, through the command line; the run's folder."""
     forget_launch()

@@ -36,8 +36,8 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         ("executors.py --parts jobs --local-steps 1", 4),
         ("executors.py --parts merge", 3),
         ("feature_cache.py --epochs 1 --images 2", 2),
-        ("plan_accuracy.py --cases lora-nf4 --levels 1", 2),
-        ("full_size.py --device cpu --clients 4 --pixels 224 --bases nf4", 1),
+        ("plan_accuracy.py --cases lora-nf4 tower --levels 1", 4),
+        ("full_size.py --device cpu --clients 4 --pixels 224 --bases nf4", 2),
     ],
 )
 def test_a_benchmark_prints_its_table(command: str, num_rows: int) -> None:

@@ -155,6 +155,17 @@ def test_version(capsys):
             "train --kd_gamma 4",
             "--kd_gamma: unknown option; did you mean --KD_gamma? `scalefl train --help` ",
         ),
+        # An option of `plan` is suggested where it is one, which is the command line of `plan`.
+        ("train --world_sise 2", "--world_sise: unknown option; `scalefl train --help` lists them."),
+        ("train --world_size 2", "--world_size: only `scalefl plan` takes it, on its command line."),
+        (
+            "plan --world_sise 2",
+            "--world_sise: unknown option; did you mean --world_size? `scalefl plan --help` lists them.",
+        ),
+        (
+            "plan --batchsize 2",
+            "--batchsize: unknown option; did you mean --batch_size? `scalefl plan --help` lists them.",
+        ),
         ("train --lr nan", "--lr: got nan; expected a finite number at least 0."),
         ("train --lr", "argument --lr: expected one argument; see `scalefl train --help`."),
         ("train stray", "got 'stray' after the options; expected --name value; see `scalefl train --help`."),
@@ -172,6 +183,14 @@ def test_bad_input_exits_with_2_and_one_line(capsys, training, arguments, line):
     (got,) = capsys.readouterr().err.splitlines()
     assert got.startswith(f"scalefl: {line}")
     assert not training.runs
+
+
+def test_a_file_of_options_is_offered_no_option_of_plan(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("world_sise: 2\n")
+    assert main(["plan", "--config", str(path)]) == 2
+    line = f"scalefl: {path}: world_sise: unknown option; `scalefl plan --help` lists them.\n"
+    assert capsys.readouterr().err == line
 
 
 def test_one_line_per_problem(capsys, training):

@@ -1,5 +1,6 @@
 """`--init_from`: a run starts where the folder it names ended, or refuses one that does not hold it all."""
 
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -111,6 +112,31 @@ def test_trained_parts_fit_no_other_options(tmp_path, capsys, trained, typed, wo
         f"scalefl: --init_from {last(trained.lora)}: holds only the trained part of a model"
     )
     assert words in line
+
+
+def refused_by_both(folder, capsys, *typed, **options):
+    """The one line that a run and its plan get."""
+    line = refused(folder, capsys, *typed, **options)
+    assert main(["plan", *arguments(folder, *typed, **options)[1:]]) == 2
+    assert capsys.readouterr().err.splitlines() == [line]
+    return line
+
+
+@pytest.mark.parametrize("source", ["lora", "chained"])
+def test_a_plan_starts_where_a_run_can(tmp_path, capsys, trained, source):
+    typed = ["--init_from", str(last(getattr(trained, source)))]
+    line = refused_by_both(tmp_path, capsys, *typed, "--lora_r", "8", **LORA)
+    assert line.startswith(f"scalefl: --init_from {typed[1]}: holds only the trained part of a model")
+    assert main(["plan", *arguments(tmp_path, *typed, **LORA)[1:]]) == 0
+
+
+def test_a_start_of_another_family_is_refused(tmp_path, capsys, trained):
+    folder = tmp_path / "other"
+    shutil.copytree(last(trained.lora), folder)
+    saved = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(saved | {"run": saved["run"] | {"arch": "mine:FAMILY"}}))
+    line = refused_by_both(tmp_path, capsys, "--init_from", str(folder), **LORA)
+    assert line == f"scalefl: --init_from {folder}: holds a mine:FAMILY; expected a MiniGPTv2."
 
 
 @pytest.mark.parametrize("source", ["full", "lora"])

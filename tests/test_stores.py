@@ -44,8 +44,9 @@ from scalefl.engine.launch import Engine
 from scalefl.federation import run as command
 from scalefl.federation.start import start_from
 from scalefl.models import files
-from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
+from scalefl.models.build import ModelSource, check_weights, new_model
 from scalefl.models.files import INDEX, SINGLE, TensorFiles, write_tensors
+from scalefl.models.holding import DTYPES
 from scalefl.models.minigptv2 import FAMILY
 from scalefl.models.quantised import QuantisedLinear, QuantisedWeight
 from scalefl.models.store import FileStore, ResidentStore, Store

@@ -112,6 +112,8 @@ def problems(
     findings = chain(
         _ranges(run),
         _levels(run),
+        _clients(run),
+        _exits(run),
         _training(run),
         _tuning(run, model_file),
         _quantisation(run),
@@ -156,6 +158,9 @@ def _levels(run: RunConfig) -> Iterator[Finding]:
                 (name, "vertical_scale_ratios"),
                 f"got level {max(getattr(run, name))}; there are levels 1 to {lengths[0]}.",
             )
+
+
+def _clients(run: RunConfig) -> Iterator[Finding]:
     if run.client_levels and len(run.client_levels) != run.num_clients:
         yield (
             ("client_levels", "num_clients"),
@@ -172,6 +177,9 @@ def _levels(run: RunConfig) -> Iterator[Finding]:
             "under --partitioner natural a client is a site, and which one is not said; "
             "expected --client_names too, the sites in the same order.",
         )
+
+
+def _exits(run: RunConfig) -> Iterator[Finding]:
     if any(later <= earlier for earlier, later in pairwise(run.ee_locs)):
         text = f"exits out of order: {_spaced(run.ee_locs)}; expected each layer once, rising, such as "
         yield ("ee_locs",), text + f"{_spaced(sorted(set(run.ee_locs)))}."

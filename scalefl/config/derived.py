@@ -23,6 +23,16 @@ def micro_batch_size(run: RunConfig, num_processes: int) -> int:
     return size
 
 
+def uses_gpu(run: RunConfig, there_is_one: bool) -> bool:
+    """Whether a run is to be on a GPU."""
+    return there_is_one if run.use_gpu is None else run.use_gpu
+
+
+def compute_dtype(run: RunConfig) -> str:
+    """What quantised weights are unpacked to and multiplied in."""
+    return run.precision if run.quant_compute_dtype == "auto" else run.quant_compute_dtype
+
+
 def checkpoints(run: RunConfig, level: int) -> bool:
     """Whether clients of a level recompute activations in the backward pass."""
     return run.gradient_checkpointing and level in (run.checkpointing_levels or (level,))

@@ -31,15 +31,15 @@ FIXED_IN_EVALUATION = {f.name for group in (ModelOptions, LevelOptions) for f in
 """Options that say what the weights in a checkpoint mean."""
 
 
-def resolve(flags: Mapping[str, Any], *config_files: str) -> tuple[RunConfig, ModelFile]:
+def resolve(
+    flags: Mapping[str, Any], *config_files: str, command: str = "train"
+) -> tuple[RunConfig, ModelFile]:
     """The run that flags (option -> text, texts or value) and YAML files of options ask for.
 
-    Raises InputError with one line per problem, all of them at once.
+    Raises InputError with one line per problem, all of them at once; it names the `command` that was typed.
     """
-    layers_read = [read_options(read_yaml(path), _named_in(path), PLAN_KINDS) for path in config_files]
-    layers_read.append(read_options(flags, "--{}".format, PLAN_KINDS))
-    explicit = {name: given for read in layers_read for name, given in read.given.items()}
-    found = [problem for read in layers_read for problem in read.problems]
+    asked = read_layers(flags, *config_files, command=command)
+    explicit, found = dict(asked.given), list(asked.problems)
     _settle_resume(explicit)
     try:
         base, model_file = _base(explicit)
@@ -51,22 +51,12 @@ def resolve(flags: Mapping[str, Any], *config_files: str) -> tuple[RunConfig, Mo
         layers["optimizer"] = Given(value="sgd", where="--optimizer")
     if "save_path" not in explicit and "resume" in layers and layers["resume"].value:
         layers["save_path"] = layers["resume"]  # the folder may have been moved since the run began
-    run = RunConfig(**{name: given.value for name, given in layers.items()})
-    if run.evaluate_from is not None and "save_path" not in explicit:
-        folder = Path(run.evaluate_from).absolute().parents[1]  # what a run keeps beside its checkpoints
-        if (folder / CONFIG_FILE).is_file():
-            run = replace(run, save_path=str(folder))
-    if run.init_from is not None:  # a resume may come from another working directory
-        run = replace(run, init_from=str(Path(run.init_from).absolute()))
-    if run.freeze_vit is None:
-        run = replace(run, freeze_vit=run.tuning == "lora")
-
-    unread = _still_unread(layers_read)
+    run = _completed(RunConfig(**{name: given.value for name, given in layers.items()}), explicit)
     found += problems_of(
         run,
         model_file,
         lambda name: layers[name].where if name in layers else f"--{name}",
-        unread,
+        asked.unread,
         asked_for=explicit,
     )
     found += _changes(run, explicit)
@@ -75,8 +65,34 @@ def resolve(flags: Mapping[str, Any], *config_files: str) -> tuple[RunConfig, Mo
     return run, model_file
 
 
+def read_layers(flags: Mapping[str, Any], *config_files: str, command: str = "train") -> OptionsRead:
+    """What flags and YAML files of options say, as one: of two values the later one, flags last."""
+    common: dict[str, Any] = {"command": command, "of_plan": PLAN_KINDS}
+    layers = [read_options(read_yaml(path), _named_in(path), **common) for path in config_files]
+    suggested = PLAN_KINDS if command == "plan" else ()
+    layers.append(read_options(flags, "--{}".format, **common, suggested=suggested))
+    return OptionsRead(
+        given={name: given for read in layers for name, given in read.given.items()},
+        problems=[problem for read in layers for problem in read.problems],
+        unread=_still_unread(layers),
+    )
+
+
 def _named_in(path: str) -> Callable[[str], str]:
     return lambda name: f"{path}: {name}"
+
+
+def _completed(run: RunConfig, explicit: Mapping[str, Given]) -> RunConfig:
+    """With what was left open and follows from the rest."""
+    if run.evaluate_from is not None and "save_path" not in explicit:
+        folder = Path(run.evaluate_from).absolute().parents[1]  # what a run keeps beside its checkpoints
+        if (folder / CONFIG_FILE).is_file():
+            run = replace(run, save_path=str(folder))
+    if run.init_from is not None:  # a resume may come from another working directory
+        run = replace(run, init_from=str(Path(run.init_from).absolute()))
+    if run.freeze_vit is None:
+        run = replace(run, freeze_vit=run.tuning == "lora")
+    return run
 
 
 def _settle_resume(explicit: dict[str, Given]) -> None:

@@ -92,11 +92,17 @@ class OptionsRead:
 
 
 def read_options(
-    raw: Mapping[Any, Any], where: Callable[[str], str], of_plan: Collection[str] = ()
+    raw: Mapping[Any, Any],
+    where: Callable[[str], str],
+    *,
+    command: str = "train",
+    of_plan: Collection[str] = (),
+    suggested: Collection[str] = (),
 ) -> OptionsRead:
     """Options by name, with dashes or underscores; `where` says how an error names one of them.
 
-    `of_plan` are those of `scalefl plan` alone, which an error knows.
+    `command` is the one that lists them. `of_plan` are those of `scalefl plan` alone; `suggested` are further
+    ones that may be meant by an unknown name.
     """
     given: dict[str, Given] = {}
     problems, unread = [], set()
@@ -105,8 +111,10 @@ def read_options(
         if name in of_plan:
             problems.append(f"{where(str(key))}: only `scalefl plan` takes it, on its command line.")
         elif name not in OPTION_KINDS:
-            hint = nearest(name, [*OPTION_KINDS, *of_plan], spelled=where)
-            problems.append(f"{where(str(key))}: unknown option; {hint}`scalefl train --help` lists them.")
+            hint = nearest(name, [*OPTION_KINDS, *suggested], spelled=where)
+            problems.append(
+                f"{where(str(key))}: unknown option; {hint}`scalefl {command} --help` lists them."
+            )
         elif name in given:
             problems.append(f"{where(str(key))}: given twice, with dashes and with underscores; keep one.")
         else:

@@ -17,6 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
+from scalefl.config.derived import uses_gpu
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, State, Unfinished
 from scalefl.engine.board import Board
@@ -43,7 +44,7 @@ class Engine:
 
     def __init__(self, run: RunConfig, next_step: str | None = None) -> None:
         """`next_step` is what to do when the process has to be ended; unset: resume the run."""
-        use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
+        use_gpu = uses_gpu(run, torch.cuda.is_available())
         if use_gpu and not torch.cuda.is_available():
             raise InputError(
                 "--use_gpu: no CUDA GPU was found; leave the flag out (or --use_gpu 0) to run on the CPU, "

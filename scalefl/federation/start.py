@@ -19,12 +19,14 @@ from scalefl import checkpoint
 from scalefl.config.derived import holds_whole_base
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
-from scalefl.config.saved import CONFIG_FILE, BaseFiles, load_config, saved_base
+from scalefl.config.origin import base_of_part
+from scalefl.config.saved import CONFIG_FILE, BaseFiles, saved_base
 from scalefl.contracts import InputError, State
 from scalefl.engine.launch import Engine
-from scalefl.models.build import DTYPES, ModelSource, check_weights, new_model
+from scalefl.models.build import ModelSource, check_weights, new_model
 from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles
+from scalefl.models.holding import DTYPES
 from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")
@@ -34,9 +36,6 @@ MADE_FROM = "made_from.json"
 
 DECIDE_BASE = ("tuning", "freeze_vit", "lora_targets", "precision", "quantization", "double_quant")
 """Options that a base in files depends on, beside the model itself."""
-
-SAME_PART = ("tuning", "freeze_vit", "lora_r", "lora_alpha", "lora_targets", "ee_locs")
-"""Options that decide what the trained part of a model is; it can go on only under the same ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +86,8 @@ def start_from(
         weights = dict(new_model(run, family, config).named_parameters())
         return _stored(run, model_file, family, config, weights, engine, processor, trained_on, spare)
     source = Path(run.init_from)
-    if (source / CONFIG_FILE).is_file():
-        earlier, earlier_file = load_config(source)
-        if earlier.arch != run.arch:
-            raise InputError(f"--init_from {source}: holds a {earlier.arch}; expected a {run.arch}.")
-        if earlier.tuning == "lora" or earlier.freeze_vit:
-            return _from_part(run, source, earlier, earlier_file, family, engine, trained_on, spare)
-    if not (source / "config.json").is_file():
-        raise InputError(
-            f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
-            "or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
-        )
+    if (base := base_of_part(run)) is not None:
+        return _from_part(source, *base, family, engine, trained_on, spare)
     config, files = family.load_config(str(source)), TensorFiles(source)
     check_weights(family, config, files)
     processor = family.load_processor(str(source))
@@ -241,24 +231,16 @@ def _write_base(folder: Path, source: ModelSource, device: torch.device, recipe:
 
 
 def _from_part(
-    run: RunConfig,
     source: Path,
-    earlier: RunConfig,
-    earlier_file: ModelFile,
+    base_run: RunConfig,
+    base_file: ModelFile,
     family: ModelFamily,
     engine: Engine,
     trained_on: Sequence[Path],
     spare: Path | None,
 ) -> Start:
     """A checkpoint without its frozen base: build the base as that run did, then take its trainable state."""
-    differing = [name for name in SAME_PART if getattr(earlier, name) != getattr(run, name)]
-    if differing:
-        raise InputError(
-            f"--init_from {source}: holds only the trained part of a model; expected the options it was "
-            f"trained with: {', '.join(f'--{name} {getattr(earlier, name)}' for name in differing)}."
-        )
-    base_run = dataclasses.replace(run, init_from=earlier.init_from, seed=earlier.seed)
-    start = start_from(base_run, earlier_file, family, [], engine, [*trained_on, source], spare)
+    start = start_from(base_run, base_file, family, [], engine, [*trained_on, source], spare)
     state = dict(checkpoint.load(source).state)
     check_same_parameters(state, start.state, str(source))
     return dataclasses.replace(start, state=state)

@@ -20,6 +20,7 @@ from scalefl.levels import exit_layers, level_specs
 from scalefl.models.adapters import LoraSpec, add_lora, initial_adapters, is_adapter
 from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles
+from scalefl.models.holding import Holding
 from scalefl.models.quantised import quantise
 from scalefl.models.store import FileStore, Frozen, ResidentStore, write_base
 from scalefl.models.submodels import SubModels
@@ -27,8 +28,6 @@ from scalefl.seeding import derive
 from scalefl.slicing.plan import zero_tail
 
 log = logging.getLogger("scalefl")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def plan_levels(run: RunConfig, family: ModelFamily, config: Any) -> SubModels:
@@ -88,9 +87,10 @@ class ModelSource:
         from_scratch: bool = False,
         vit_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._run, self._family, self._weights, self._vit_dtype = run, family, weights, vit_dtype
+        self._run, self._family, self._weights = run, family, weights
         self._from_scratch = from_scratch
         self.models = plan_levels(run, family, config)
+        self._holding = Holding(run=run, models=self.models, vit_dtype=vit_dtype)
         self._names = self._source_names(list(config.exit_layers))
         if from_scratch and run.zero_tails and run.tuning == "full":  # frozen zeros would stay without effect
             assert isinstance(weights, MutableMapping)
@@ -116,13 +116,13 @@ class ModelSource:
 
     def on_disk(self, device: torch.device, folder: Path) -> FileStore:
         """A store of what is on disk already: the model's own files, or what `write` put in `folder`."""
-        as_they_are = not self.needs_folder
+        as_they_are, base, holding = not self.needs_folder, self.models.base_shapes, self._holding
         return FileStore(
             self.models,
             self._weights if isinstance(self._weights, TensorFiles) and as_they_are else TensorFiles(folder),
-            names=self._names if as_they_are else {name: name for name in self.models.base_shapes},
-            dtypes={name: self._dtype(name) for name in self.models.base_shapes},
-            quantised={n: self._transposed(n) for n in self.models.base_shapes if self._is_quantised(n)},
+            names=self._names if as_they_are else {name: name for name in base},
+            dtypes={name: holding.dtype(name) for name in base},
+            quantised={name: holding.is_transposed(name) for name in base if holding.is_quantised(name)},
             kind=self._run.quantization,
             **self._store_options(device),
         )
@@ -140,41 +140,27 @@ class ModelSource:
     def frozen(self, name: str, device: torch.device) -> Frozen:
         """A frozen weight as a store holds it: on the device, in its dtype, quantised."""
         tensor = self._weights[self._names[name]].detach()
-        if not self._is_quantised(name):
-            return tensor.to(device, self._dtype(name))
+        if not self._holding.is_quantised(name):
+            return tensor.to(device, self._holding.dtype(name))
         return quantise(
             tensor.to(device),
             self._run.quantization,
-            transposed=self._transposed(name),
+            transposed=self._holding.is_transposed(name),
             double_quant=self._run.double_quant,
         )
 
     def _store_options(self, device: torch.device) -> dict[str, Any]:
-        compute = self._run.quant_compute_dtype
         return {
             "device": device,
-            "compute_dtype": DTYPES[self._run.precision if compute == "auto" else compute],
+            "compute_dtype": self._holding.compute_dtype,
             "attn": self._run.attn,
         }
-
-    def _dtype(self, name: str) -> torch.dtype:
-        """What a frozen weight is held in."""
-        return self._vit_dtype if self._family.is_vision(name) else DTYPES[self._run.precision]
-
-    def _is_quantised(self, name: str) -> bool:
-        return self._run.quantization != "none" and self._family.is_block_weight(name)
-
-    def _transposed(self, name: str) -> bool:
-        """NF4 packs rows: a weight whose inputs levels cut is held transposed."""
-        inputs = self.models.layouts[name][1]
-        cut = any(axis in self.models.axes and self.models.axes[axis].cut_by == "inner" for axis in inputs)
-        return self._run.quantization == "nf4" and cut
 
     def _check_blocks(self) -> None:
         if self._run.quantization != "nf4":
             return
-        for name in filter(self._is_quantised, self.models.base_shapes):
-            columns = self.models.base_shapes[name][0 if self._transposed(name) else 1]
+        for name in filter(self._holding.is_quantised, self.models.base_shapes):
+            columns = self.models.base_shapes[name][0 if self._holding.is_transposed(name) else 1]
             if columns % 64:
                 raise InputError(
                     f"--quantization nf4: {name} has {columns} weights in a row; expected a multiple of 64, "

@@ -71,13 +71,12 @@ class SubModels:
     @property
     def evaluated_levels(self) -> tuple[int, ...]:
         """Every level, and the whole model where no level is the whole."""
-        whole = self.slices[WHOLE]
-        full = any(
-            self.slices[level].spec.depth == whole.spec.depth
-            and self.slices[level].spec.is_whole(self._sizes)
-            for level in self.levels
-        )
+        full = any(self.is_whole(self.slices[level].spec) for level in self.levels)
         return self.levels if full else (*self.levels, WHOLE)
+
+    def is_whole(self, spec: LevelSpec) -> bool:
+        """Whether such a level is the whole model, every exit included."""
+        return spec.depth == self.slices[WHOLE].spec.depth and spec.is_whole(self._sizes)
 
     @property
     def vocab_size(self) -> int:

@@ -19,11 +19,14 @@ class Assignment:
     client_levels: tuple[int, ...]
     """Counted from 1."""
     client_names: tuple[str, ...]
+    by_site: bool = False
+    """Whether the names are those of sites: a run then deals each client its site's data."""
 
     def options(self) -> dict[str, object]:
         """The options of a run that trains by this assignment."""
         counts = [self.client_levels.count(level) for level in range(1, len(self.levels) + 1)]
-        return {
+        options: dict[str, object] = {"partitioner": "natural"} if self.by_site else {}
+        return options | {
             "num_clients": len(self.client_levels),
             "client_levels": list(self.client_levels),
             "client_names": list(self.client_names),

@@ -16,6 +16,7 @@ from scalefl.config.yamlfile import Loader
 from scalefl.contracts import InputError
 
 KEYS = ("client", "memory", "flops", "bandwidth")
+TOGETHER = ("flops", "bandwidth")
 PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 PREFIXES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 QUANTITY = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kmgtp]i?)?\s*([a-z/]*)", re.IGNORECASE)
@@ -33,7 +34,7 @@ class Budget:
     memory: int
     """Bytes of the device that trains."""
     flops: float | None
-    """Floating-point operations a second."""
+    """Floating-point operations a second; None without a bandwidth, too."""
     bandwidth: float | None
     """Bytes a second, each way."""
 
@@ -107,6 +108,12 @@ def _budget(row: Any, where: str, problems: list[str]) -> Budget | None:
         for key, unit, plain in (("memory", "B", 1e9), ("flops", "FLOP/s", 1.0), ("bandwidth", "B/s", 1.0))
         if row.get(key) is not None
     }
+    for one, other in (TOGETHER, TOGETHER[::-1]):
+        if quantities.get(one) is not None and row.get(other) is None:
+            problems.append(
+                f"{where}: {one}: given without {other}; expected both, from which seconds a round follow, "
+                "or neither."
+            )
     if len(problems) > before or "memory" not in quantities:
         if len(problems) == before:
             problems.append(f"{where}: memory: got none; expected {EXAMPLE}")

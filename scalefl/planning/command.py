@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from scalefl.config.derived import checkpoints
+from scalefl.config.flags import Command
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.planoptions import PlanOptions
+from scalefl.config.resolve import read_layers
 from scalefl.console import Display
 from scalefl.contracts import InputError
 from scalefl.planning.assign import Assignment, best_fit, search, shown
 from scalefl.planning.budgets import Budget, read_budgets
 from scalefl.planning.estimate import MemoryEstimate
+from scalefl.planning.outfile import check_out, write
 from scalefl.planning.predict import MARGIN, RUNTIME, LevelPlan, Predictor
 from scalefl.planning.subject import subject_of
 from scalefl.registry import resolve
@@ -28,42 +29,26 @@ GLIBC = (
     "on the CPU, glibc keeps some of what a process frees, up to as much again as it uses; with "
     "MALLOC_MMAP_THRESHOLD_=65536 in its environment it gives it back, and steps take about a sixth longer"
 )
-HEADER = "# Written by `scalefl plan`."
-"""The first words of an assignment: a file that begins otherwise is not written over."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "total", "host")
 
 
-def plan(run: RunConfig, model_file: ModelFile, options: PlanOptions) -> None:
+def plan(run: RunConfig, model_file: ModelFile, command: Command) -> None:
     """Predict, print, and with budgets assign levels to clients. Nothing is loaded or trained."""
-    by_site = run.partitioner == "natural"
-    budgets: tuple[Budget, ...] = ()
-    if options.client_budgets is not None:
-        budgets = read_budgets(options.client_budgets, numbered=not by_site)
+    options = command.plan
+    budgets = _budgets(run, command)
     if options.out is not None:
-        _check_out(Path(options.out))
-    if options.search and run.checkpointing_levels:
-        raise InputError(
-            "--search: makes levels of its own, but --checkpointing_levels names some; leave that out."
-        )
+        assert options.client_budgets is not None
+        read = {"config": command.config_files, "client_budgets": [options.client_budgets]}
+        check_out(Path(options.out), read)
     subject = subject_of(run, model_file, resolve("arch", run.arch), options)
     predictor = Predictor(run, subject, options)
-    assignment = None
-    if options.search:
-        assignment = search(budgets, predictor, remedies(run, predictor))
-        levels: Sequence[LevelPlan] = assignment.levels
-    else:
-        levels = predictor.levels()
-        assignment = best_fit(budgets, levels, remedies(run, predictor)) if budgets else None
-    notes = [*subject.notes, *_notes(run, predictor, levels)]
+    levels, assignment = _assigned(run, predictor, budgets, options)
     if assignment is not None and options.out is not None:
-        _write(Path(options.out), assignment, [*subject.notes, _step(run, predictor)])
+        write(Path(options.out), assignment, [*subject.notes, _step(run, predictor)])
     display = Display(speaks=True, print_freq=run.print_freq)
+    notes = [*subject.notes, *_notes(run, predictor, levels)]
     if options.json:
-        record: dict[str, Any] = {
-            "levels": [_level_record(n, level) for n, level in enumerate(levels, start=1)]
-        }
-        if predictor.features is not None:
-            record["features"] = _bytes(predictor.features)
+        record = _record(levels, predictor)
         if assignment is not None:
             record |= _assignment_record(assignment, budgets, run, options)
         display.line(json.dumps(record | {"notes": notes}))
@@ -77,6 +62,41 @@ def plan(run: RunConfig, model_file: ModelFile, options: PlanOptions) -> None:
         display.line(f"assignment   {options.out} (scalefl train --config {options.out} ...)")
 
 
+def _budgets(run: RunConfig, command: Command) -> tuple[Budget, ...]:
+    path = command.plan.client_budgets
+    if path is None:
+        return ()
+    budgets = read_budgets(path, numbered=not _by_site(run))
+    asked = read_layers(command.flags, *command.config_files).given.get("num_clients")
+    if asked is not None and asked.value != len(budgets):
+        raise InputError(
+            f"{asked.where}: got {asked.value}, but --client_budgets {path} names {len(budgets)} clients; "
+            "expected the same number; drop it, or mend the file."
+        )
+    return budgets
+
+
+def _by_site(run: RunConfig) -> bool:
+    """Whether clients are sites, which their names then are."""
+    return run.partitioner == "natural"
+
+
+def _assigned(
+    run: RunConfig, predictor: Predictor, budgets: Sequence[Budget], options: PlanOptions
+) -> tuple[Sequence[LevelPlan], Assignment | None]:
+    """The levels, and with budgets each client's."""
+    if options.search and run.checkpointing_levels:
+        raise InputError(
+            "--search: makes levels of its own, but --checkpointing_levels names some; leave that out."
+        )
+    levels = [] if options.search else predictor.levels()
+    if not budgets:
+        return levels, None
+    helps = remedies(run, predictor)
+    found = search(budgets, predictor, helps) if options.search else best_fit(budgets, levels, helps)
+    return found.levels, dataclasses.replace(found, by_site=_by_site(run))
+
+
 def seconds_per_round(budget: Budget, level: LevelPlan, run: RunConfig, options: PlanOptions) -> float | None:
     """Of computing and of sending both ways; None without the budget's flops and bandwidth.
 
@@ -85,7 +105,7 @@ def seconds_per_round(budget: Budget, level: LevelPlan, run: RunConfig, options:
     """
     if budget.flops is None or budget.bandwidth is None:
         return None
-    passes = (3 if run.tuning == "full" else 2) + (1 if run.gradient_checkpointing else 0)
+    passes = (3 if run.tuning == "full" else 2) + checkpoints(run, level.spec.level)
     examples = run.num_epoch * options.client_examples
     if run.local_steps is not None:
         examples = run.local_steps * run.batch_size
@@ -130,7 +150,8 @@ def _notes(run: RunConfig, predictor: Predictor, levels: Sequence[LevelPlan]) ->
         "split as it is at the moment of the peak: before the backward pass there are no gradients",
         "host: offloaded and paged parts, and trainable states on their way, in the first process"
         + ("; the same memory on the CPU" if device == "cpu" else ""),
-        f"evaluation: {run.eval_batch_size} rows a process and pass (--eval_batch_size), candidates packed",
+        f"evaluation: {run.eval_batch_size} rows a process and pass (--eval_batch_size), candidates packed"
+        + (", then generated with a cache of keys and values" if run.scoring == "generate" else ""),
         f"not counted: {shown(RUNTIME[device])} of {beside}, but in what clients need",
         f"not counted: {shown(predictor.bytes_of_image)} of host memory for every image that is held",
         *([GLIBC] if device == "cpu" else []),
@@ -187,8 +208,15 @@ def _print_clients(
         )
 
 
-def _level_record(number: int, level: LevelPlan) -> dict[str, Any]:
+def _record(levels: Sequence[LevelPlan], predictor: Predictor) -> dict[str, Any]:
     """What the tables say, in bytes."""
+    record: dict[str, Any] = {"levels": [_level_record(n, level) for n, level in enumerate(levels, start=1)]}
+    if predictor.features is not None:
+        record["features"] = _bytes(predictor.features)
+    return record
+
+
+def _level_record(number: int, level: LevelPlan) -> dict[str, Any]:
     return {
         "level": number,
         "width_ratio": level.spec.width_ratio,
@@ -223,34 +251,3 @@ def _assignment_record(
 
 def _bytes(memory: MemoryEstimate) -> dict[str, int]:
     return {part: getattr(memory, part) for part in PARTS}
-
-
-def _check_out(path: Path) -> None:
-    """Raise InputError where a file is there that no plan wrote."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(len(HEADER)) == HEADER.encode():
-                return
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    raise InputError(f"--out {path}: a file that `scalefl plan` did not write; expected another name.")
-
-
-def _write(path: Path, assignment: Assignment, notes: Sequence[str]) -> None:
-    """The assignment, whole or not at all."""
-    header = "".join(f"{line}\n" for line in (f"{HEADER} For:", *(f"# {note}" for note in notes)))
-    options = yaml.safe_dump(assignment.options(), sort_keys=False, default_flow_style=None)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(header + options, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"--out {path}: {error.strerror}; expected a file in a folder that is there and can be written."
-    )

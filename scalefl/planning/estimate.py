@@ -71,6 +71,8 @@ class Launch:
     """Whether a step has several micro-batches: then gradients are there from the second one's start."""
     device: str
     """cpu or cuda."""
+    kernels: int = 0
+    """Bytes of host memory that PyTorch's kernels take beside tensors."""
 
     @property
     def bucket(self) -> int:
@@ -92,7 +94,7 @@ def estimate(held: Held, moments: Iterable[Moment], launch: Launch) -> MemoryEst
                 optimizer=states,
                 activations=moment.activations,
                 logits=moment.logits,
-                host=host + on_host + on_pages,
+                host=host + on_host + on_pages + launch.kernels,
             )
             for moment in (*moments, end)
         ),
@@ -110,7 +112,7 @@ def estimate_inference(held: Held, moments: Iterable[Moment], launch: Launch) ->
         optimizer=0,
         activations=peak.activations,
         logits=peak.logits,
-        host=host,
+        host=host + launch.kernels,
     )
 
 

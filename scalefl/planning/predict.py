@@ -20,14 +20,17 @@ from scalefl.config.derived import (
     feature_dtype,
     holds_whole_base,
     micro_batch_size,
+    uses_gpu,
 )
 from scalefl.config.options import RunConfig
 from scalefl.config.planoptions import PlanOptions
 from scalefl.contracts import LevelSpec
 from scalefl.engine.optimizers import PAGED, check_optimizer
+from scalefl.evaluate import TOKENS_BEYOND
 from scalefl.features import FEATURE_BATCH
-from scalefl.models.build import DTYPES, ModelSource, plan_levels
+from scalefl.models.build import ModelSource, plan_levels
 from scalefl.models.cost import LevelCost, level_cost
+from scalefl.models.holding import DTYPES, Holding
 from scalefl.models.submodels import WHOLE, SubModels
 from scalefl.planning.estimate import Launch, MemoryEstimate, estimate, estimate_inference
 from scalefl.planning.standin import Held, StandIns, held_by
@@ -38,6 +41,11 @@ MARGIN = 0.05
 """Share of the predicted peak that is kept free."""
 RUNTIME = {"cpu": 500_000_000, "cuda": 600_000_000}
 """Bytes of Python and its libraries (measured: 440 MB), or of a GPU's context and libraries (assumed)."""
+
+KERNELS = {"fp32": 8 << 20, "bf16": 24 << 20}
+"""Bytes that PyTorch's kernels take on the CPU beside tensors, by precision: measured with a model of next to
+no weight (benchmarks/plan_accuracy.py --small).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,7 @@ class Predictor:
             world_size=options.world_size,
             accumulates=run.batch_size > self.micro_batch_size * options.world_size,
             device=_device(run, options),
+            kernels=KERNELS[run.precision] if _device(run, options) == "cpu" else 0,
         )
         offloaded = options.offload != "none"
         if self.launch.device == "cpu" or (offloaded and run.optimizer in PAGED):
@@ -85,12 +94,18 @@ class Predictor:
         self.rounds_hold_all = holds_whole_base(run, shards_weights=options.zero_stage == 3)
         """Whether the process of a round holds the whole frozen base: not where it reads it from files."""
         self._models = ModelSource(run, subject.family, subject.config, {}).models
-        self.features: MemoryEstimate | None = None
-        """Of the vision tower's pass over every image, before the rest of the base is there."""
+        self._looking: MemoryEstimate | None = None
         if self.caches_features:
-            self.features = self._feature_pass()
+            self._looking = self._feature_pass()
             self._models.drop_vision()
         self._found: dict[tuple[float, int], LevelPlan] = {}
+
+    @property
+    def features(self) -> MemoryEstimate | None:
+        """Of the vision tower's pass over every image, in a round's process, before the base is there."""
+        if self._looking is None:
+            return None
+        return self._looking.with_states(_state_bytes(self._models), device=self.launch.device)
 
     @property
     def num_exits(self) -> int:
@@ -149,7 +164,7 @@ class Predictor:
             round=whole.with_states(2 * state, sent, device=device),  # the state, and the sum of changes
             own=own,
             evaluation=self.evaluation(models, level),
-            need=self._need(own),
+            need=self._need(own, sent),
         )
 
     def evaluation(self, models: SubModels, level: int) -> MemoryEstimate:
@@ -157,8 +172,10 @@ class Predictor:
         mode = FakeTensorMode()
         model = self._stand_ins(models, _forward_only(self._run)).make(level, mode)
         rows = self._micro_batch(self._run.eval_batch_size)
-        moments = trace_scoring(model, models.vocab_size, rows, self._candidates, mode)
+        generated = self._subject.answer_length + TOKENS_BEYOND if self._run.scoring == "generate" else 0
         held = self._in_round(held_by(model))
+        model.requires_grad_(False)  # as a store's: of weights that require none autocast keeps no copies
+        moments = trace_scoring(model, models.vocab_size, rows, self._candidates, generated, mode)
         if self.launch.device == "cpu":  # there the trained part is views of the state
             held = dataclasses.replace(held, trainable=())
         states = 3 * _state_bytes(models)  # the one before, the sum of changes, and what was merged of both
@@ -166,8 +183,7 @@ class Predictor:
 
     def evaluation_of_whole(self, levels: Sequence[LevelPlan]) -> MemoryEstimate | None:
         """Of the whole model, which is evaluated where no level is the whole."""
-        sizes = {name: axis.size for name, axis in self._models.axes.items()}
-        if any(level.spec.depth == self.num_exits and level.spec.is_whole(sizes) for level in levels):
+        if any(self._models.is_whole(level.spec) for level in levels):
             return None
         return self.evaluation(self._models, WHOLE)
 
@@ -182,8 +198,7 @@ class Predictor:
             mode=mode,
         )
         alone = dataclasses.replace(self.launch, zero_stage=0)  # no engine has it yet
-        found = estimate_inference(held_by(tower), moments, alone)
-        return found.with_states(_state_bytes(self._models), device=alone.device)
+        return estimate_inference(held_by(tower), moments, alone)
 
     def _in_round(self, held: Held) -> Held:
         if not self.rounds_hold_all:
@@ -191,9 +206,12 @@ class Predictor:
         base = self._base
         return dataclasses.replace(held, frozen_bytes=base.frozen_bytes, frozen_elements=base.frozen_elements)
 
-    def _need(self, own: MemoryEstimate) -> int:
-        phases = [own] if self.features is None else [own, self.features]
+    def _need(self, own: MemoryEstimate, sent: int) -> int:
+        """Of a client's own process: first it looks at its images, beside what it was `sent`, then trains."""
         device = self.launch.device
+        phases = [own]
+        if self._looking is not None:
+            phases.append(self._looking.with_states(sent, device=device))
         return round(max(phase.on(device) for phase in phases) * (1 + MARGIN)) + RUNTIME[device]
 
     @functools.cached_property
@@ -207,11 +225,8 @@ class Predictor:
         return Candidates(ids=((PLACEHOLDER_ID,) * self._subject.answer_length,) * len(self._run.answers))
 
     def _stand_ins(self, models: SubModels, run: RunConfig) -> StandIns:
-        return StandIns(models=models, run=run, vit_dtype=self._vit_dtype)
-
-    @property
-    def _vit_dtype(self) -> torch.dtype:
-        return DTYPES[self._subject.model_file.vit_precision]
+        vit_dtype = DTYPES[self._subject.model_file.vit_precision]
+        return StandIns(holding=Holding(run=run, models=models, vit_dtype=vit_dtype))
 
     def _micro_batch(self, rows: int) -> StepShape:
         run, subject = self._run, self._subject
@@ -247,5 +262,4 @@ def _state_bytes(models: SubModels) -> int:
 def _device(run: RunConfig, options: PlanOptions) -> str:
     if options.device is not None:
         return options.device
-    use_gpu = torch.cuda.is_available() if run.use_gpu is None else run.use_gpu
-    return "cuda" if use_gpu else "cpu"
+    return "cuda" if uses_gpu(run, torch.cuda.is_available()) else "cpu"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalefl.config.options import RunConfig
-from scalefl.models.build import DTYPES
+from scalefl.models.holding import Holding
 from scalefl.models.quantised import BLOCK, NESTED_BLOCK, QuantisedLinear, QuantisedWeight
-from scalefl.models.submodels import WHOLE, SubModels
+from scalefl.models.submodels import WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,45 +35,46 @@ class Held:
 class StandIns:
     """Makes stand-ins of a run's sub-models."""
 
-    models: SubModels
-    run: RunConfig
-    """Its gradient_checkpointing is that of the level."""
-    vit_dtype: torch.dtype
-    """What a frozen vision tower is held in."""
+    holding: Holding
+    """Its run's gradient_checkpointing is that of the level."""
 
     def make(self, level: int, mode: FakeTensorMode) -> Any:
         """The sub-model that a client of this level trains, in training mode, as a store would build it."""
-        family, part = self.models.family, self.models.slices[level]
-        model: Any = self.models.empty(level)
+        models, run = self.holding.models, self.holding.run
+        part = models.slices[level]
+        model: Any = models.empty(level)
         with mode:
             for name in part.trainable_plan:
                 _put(model, name, torch.empty(part.trainable_shapes[name]), requires_grad=True)
-            for name in part.base_plan:
-                shape = model.get_parameter(name).shape
-                if self.run.quantization != "none" and family.is_block_weight(name):
-                    _put_quantised(model, name, shape, self.run)
+            for name, entry in part.base_plan.items():
+                shape, whole = model.get_parameter(name).shape, entry.global_name
+                if self.holding.is_quantised(whole):
+                    self._put_quantised(model, name, shape, self.holding.is_transposed(whole))
                 else:
-                    _put(model, name, torch.empty(shape, dtype=self._dtype(name)))
+                    _put(model, name, torch.empty(shape, dtype=self.holding.dtype(whole)))
             model.apply_input_scales()
             model.rebuild_buffers()
         # Flash attention keeps as little as PyTorch's own kernel; its package need not be here.
-        family.set_attention(model, "eager" if self.run.attn == "eager" else "sdpa")
-        if self.run.gradient_checkpointing:
+        models.family.set_attention(model, "eager" if run.attn == "eager" else "sdpa")
+        if run.gradient_checkpointing:
             model.activation_checkpointing_enable()
         return model.train()
 
     def tower(self, mode: FakeTensorMode) -> Any:
         """The vision tower alone, as it computes features; the model's other parameters hold nothing."""
-        model: Any = self.models.empty(WHOLE)
+        models = self.holding.models
+        model: Any = models.empty(WHOLE)
         with mode:
-            for name, shape in self.models.base_shapes.items():
-                if self.models.family.is_vision(name):
-                    _put(model, name, torch.empty(shape, dtype=self._dtype(name)))
+            for name, shape in models.base_shapes.items():
+                if models.family.is_vision(name):
+                    _put(model, name, torch.empty(shape, dtype=self.holding.dtype(name)))
             model.rebuild_buffers()
         return model
 
-    def _dtype(self, name: str) -> torch.dtype:
-        return self.vit_dtype if self.models.family.is_vision(name) else DTYPES[self.run.precision]
+    def _put_quantised(self, model: nn.Module, name: str, shape: torch.Size, transposed: bool) -> None:
+        parent_name, _, child = name.removesuffix(".weight").rpartition(".")
+        weight = _quantised(shape, transposed, self.holding.run)
+        setattr(model.get_submodule(parent_name), child, _Unpacking(weight, self.holding.compute_dtype))
 
 
 def held_by(model: nn.Module) -> Held:
@@ -101,20 +102,12 @@ def _put(model: nn.Module, name: str, tensor: Tensor, requires_grad: bool = Fals
     setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=requires_grad))
 
 
-def _put_quantised(model: nn.Module, name: str, shape: torch.Size, run: RunConfig) -> None:
-    parent_name, _, child = name.removesuffix(".weight").rpartition(".")
-    compute = run.precision if run.quant_compute_dtype == "auto" else run.quant_compute_dtype
-    layer = _Unpacking(_quantised(shape, run), DTYPES[compute])
-    setattr(model.get_submodule(parent_name), child, layer)
-
-
-def _quantised(shape: torch.Size, run: RunConfig) -> QuantisedWeight:
+def _quantised(shape: torch.Size, transposed: bool, run: RunConfig) -> QuantisedWeight:
     """A weight of this shape as `quantise` packs it, once it is cut."""
     outputs, inputs = shape
     if run.quantization == "int8":
         tensors = {"packed": torch.empty(shape, dtype=torch.int8), "scales": torch.empty(outputs)}
         return QuantisedWeight(kind="int8", transposed=False, tensors=tensors)
-    transposed = inputs % BLOCK > 0  # its inputs are cut, so it is packed along its outputs
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
     scales = (rows, columns // BLOCK)
     tensors = {"packed": torch.empty(rows, columns // 2, dtype=torch.uint8), "scales": torch.empty(scales)}

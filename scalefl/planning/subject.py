@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
+from scalefl.config.origin import base_of_part
 from scalefl.config.planoptions import PlanOptions
-from scalefl.config.saved import CONFIG_FILE, load_config
 from scalefl.contracts import InputError
 from scalefl.models.family import ModelFamily
 
@@ -100,16 +99,9 @@ def _config(run: RunConfig, model_file: ModelFile, family: ModelFamily) -> tuple
         is_trained = model_file.tokenizer.get("kind") == "trained"
         taken = "at most, since its tokenizer is trained on the data" if is_trained else "of its tokenizer"
         return family.config(model_file, processor), model_file, f"vocabulary {size}, {taken}"
+    if (base := base_of_part(run)) is not None:
+        return _config(*base, family)
     source = Path(run.init_from)
-    if (source / CONFIG_FILE).is_file():
-        earlier, earlier_file = load_config(source)
-        if earlier.tuning == "lora" or earlier.freeze_vit:  # only the trained part: its base is elsewhere
-            return _config(dataclasses.replace(run, init_from=earlier.init_from), earlier_file, family)
-    if not (source / "config.json").is_file():
-        raise InputError(
-            f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
-            "or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
-        )
     return family.load_config(str(source)), model_file, f"sizes from {source / 'config.json'}"
 
 

@@ -78,9 +78,13 @@ def trace_scoring(
     vocab_size: int,
     step: StepShape,
     candidates: Candidates,
+    num_generated: int,
     mode: AbstractContextManager[Any],
 ) -> tuple[Moment, ...]:
-    """As `trace_step`, of a batch in evaluation: packed candidate answers behind each prompt are scored."""
+    """As `trace_step`, of a batch in evaluation: packed candidate answers behind each prompt are scored.
+
+    Then, unless `num_generated` is 0, so many tokens are generated at the deepest exit.
+    """
     packed = len(candidates.packed)
     num_predicted, length = step.rows * (1 + packed), step.length - step.answer_length + packed
 
@@ -95,6 +99,9 @@ def trace_scoring(
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
             for logits in model(**inputs).exit_logits:
                 candidates.log_likelihoods(logits.unflatten(0, (step.rows, -1)))
+            del logits
+            if num_generated:
+                _generate(model, step, num_generated)
 
     return _watched(model, score, logits=(num_predicted, vocab_size), mode=mode)
 
@@ -150,6 +157,16 @@ def _step(model: nn.Module, vocab_size: int, step: StepShape) -> None:
         )
     del logits
     loss.backward()
+
+
+def _generate(model: nn.Module, step: StepShape, num_tokens: int) -> None:
+    """As `generate` does of prompts of one length: all of them at once, then a token at a time."""
+    images = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in step.images.items()}
+    prompts = torch.zeros(step.rows, step.length - step.answer_length, dtype=torch.long)
+    cached = model(input_ids=prompts, **images, use_cache=True, logits_to_keep=1).past_key_values
+    token = torch.zeros(step.rows, 1, dtype=torch.long)
+    for _ in range(num_tokens - 1):
+        model(input_ids=token, past_key_values=cached, use_cache=True, logits_to_keep=1)
 
 
 class LiveBytes(TorchDispatchMode):
