@@ -13,7 +13,7 @@ from scalefl.batches import Candidates
 from scalefl.features import FEATURE_BATCH
 from scalefl.federation.client import Objective
 from scalefl.planning.estimate import LIVE_ELEMENTS, Launch, estimate, optimizer_bytes
-from scalefl.planning.predict import RUNTIME
+from scalefl.planning.predict import KERNELS, RUNTIME
 from scalefl.planning.standin import Held
 from scalefl.planning.trace import Moment
 
@@ -92,9 +92,11 @@ def test_a_client_s_need_counts_its_own_slice_of_what_is_trained(plan):
     tower = {**MODEL["vision"], "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
     found = plan(model={"vision": tower}, tuning="full", freeze_vit=True, batch_size=1)
     features, levels = found["features"], found["levels"]
-    assert features["host"] == levels[1]["bytes_each_way"]  # in a round: the whole state
+    whole_state = levels[1]["bytes_each_way"]
+    assert features["host"] == whole_state + KERNELS["fp32"]  # in a round
     for level in levels:
-        looking, training = features["total"] + level["bytes_each_way"], level["own"]
+        looking = features["total"] + level["bytes_each_way"] + KERNELS["fp32"]
+        training = level["own"]
         assert looking > training["total"] + training["host"]
         assert level["needs"] == round(1.05 * looking) + RUNTIME["cpu"]
 
@@ -346,7 +348,7 @@ def test_predictions_hold_for_evaluation(tmp_path, plan, model, options):
         peak, _ = allocated(lambda at=level: evaluator._rows(at, fed.initial_state, ids, lambda: None))
         planned = levels[level - 1]["evaluation"]
         assert planned["activations"] + planned["logits"] == pytest.approx(peak, rel=0.15)
-        assert planned["host"] == 3 * states
+        assert planned["host"] == 3 * states + KERNELS[fed.run.precision]
 
 
 def test_predictions_hold_for_features(tmp_path, plan):
