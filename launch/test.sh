@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# All tests, slow ones too. Arguments go to pytest: `bash launch/test.sh -m "not slow"`.
+# All tests, slow ones too, a file on each core at a time. Arguments go to pytest:
+# `bash launch/test.sh -m "not slow"`; `-n 0` runs them one after another.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install dev '.[dev]'
 
 cd "$root"
-exec "$venv/bin/python" -m pytest "$@"
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
