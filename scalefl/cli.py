@@ -79,18 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _stop_in_setup() -> Iterator[None]:
-    """SIGTERM before training begins, or in an evaluation, says so; a round loop stops at a step itself."""
+    """A signal before training begins, or in an evaluation, says so; a round loop stops at a step itself."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         if _speaks():
             print("scalefl: stopped outside of training; nothing is lost, start again.", file=sys.stderr)
         sys.exit(EXIT_SIGNAL + signum)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _speaks() -> bool:

@@ -83,7 +83,7 @@ def stop_at_step(monkeypatch, number, step):
 
 @pytest.mark.parametrize(
     ("number", "step", "finished"),
-    [(signal.SIGINT, 1, 0), (signal.SIGTERM, 7, 3), (signal.SIGINT, 10, 4), (signal.SIGTERM, 17, 3)],
+    [(signal.SIGINT, 1, 0), (signal.SIGTERM, 7, 3), (signal.SIGUSR1, 10, 4), (signal.SIGTERM, 17, 3)],
     ids=["first step", "fourth client", "last step", "second round"],
 )
 def test_a_signal_in_mid_round(tmp_path, monkeypatch, whole, number, step, finished):

@@ -5,6 +5,7 @@ A key-value store on rank 0: requests to stop, the news that a rank cannot go on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -75,6 +76,14 @@ class Board:
         if self._meetings > 1:  # everybody is at this meeting, so has read the one before
             self._store.delete_key(f"meeting {self._meetings - 1}/{self._rank}")
         return words
+
+    def leave(self) -> None:
+        """Say that this rank may end, and wait until every rank says so, or one cannot go on."""
+        self._write(f"leaves {self._rank}", True)
+        keys = [f"leaves {rank}" for rank in range(self.num_ranks)]
+        with contextlib.suppress(RuntimeError):  # the board is gone with rank 0, which had seen all
+            while not self._store.check(keys) and self.given_up() is None:
+                time.sleep(POLL_SECONDS)
 
     def _write(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value))

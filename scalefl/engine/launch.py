@@ -269,6 +269,11 @@ class Engine:
         if self.board is not None:
             self.board.meet("here", poll)
 
+    def leave(self) -> None:
+        """Wait until every rank has saved what it has: launchers kill the others once the first has ended."""
+        if self.board is not None:
+            self.board.leave()
+
     def alone(self) -> Alone:
         """This rank as an engine of its own, for clients that no other rank trains."""
         if self._zero is not None:

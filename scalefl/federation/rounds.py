@@ -80,8 +80,10 @@ class RoundLoop:
             state = self._merged(merge, before.state)
             training_seconds = time.perf_counter() - started
             evaluation = self._evaluate(number, state)
-        except (Interrupted, Unfinished):
+        except (Interrupted, Unfinished) as stopped:
             self._save_part(before, merge, clients)
+            if isinstance(stopped, Interrupted):
+                self._engine.leave()
             raise
         finally:
             self._display.stop()

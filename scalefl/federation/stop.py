@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become a request that the round loop meets at the next step."""
+"""Ctrl-C, SIGTERM and SIGUSR1 become a request that the round loop meets at the next step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any, Self
 from scalefl.contracts import Interrupted
 from scalefl.engine.launch import Alone, Engine
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopSignal:
-    """Context manager: the first signal asks for a stop, a second Ctrl-C interrupts at once."""
+    """Context manager: the first signal asks for a stop, a second Ctrl-C interrupts at once.
+
+    SIGUSR1 leaves the time that the checkpoint takes, where what sends the others soon kills.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -19,7 +24,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -31,7 +36,8 @@ class StopSignal:
         if self._received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._received = number
-        self._engine.watchdog.signalled(number)
+        if number != signal.SIGUSR1:
+            self._engine.watchdog.signalled(number)
 
     def check(self, engine: Engine | Alone | None = None) -> None:
         """Raise Interrupted on every rank if any rank got a signal.

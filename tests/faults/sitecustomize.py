@@ -2,7 +2,7 @@
 
 `SCALEFL_FAULT`, a JSON object, says which: `client` and `round`, whose training is hit; `kind`, what happens;
 `times`, how many attempts are hit, counted over all processes in files of the folder `marks`; `unseen`, that
-the client's own check is passed.
+the client's own check is passed. Of kind `slow save` no client is hit: a checkpoint takes `seconds`.
 """
 
 import json
@@ -30,8 +30,14 @@ def _install(fault: dict) -> None:
 
     import torch
 
+    from scalefl import checkpoint
     from scalefl.federation import exchange
     from scalefl.federation.client import ClientTrainer
+
+    if fault["kind"] == "slow save":
+        save = checkpoint.save
+        checkpoint.save = lambda *args: time.sleep(fault["seconds"]) or save(*args)
+        return
 
     train, write_note = ClientTrainer.train, exchange.write_note
 
@@ -50,6 +56,10 @@ def _install(fault: dict) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "sleep":
             time.sleep(3600)
+        if kind == "wait":
+            while True:  # until the run is told to stop
+                self.check_stop(self.engine)
+                time.sleep(0.05)
         if kind == "fill":
             _fill(Path(fault["folder"]) / "filler")
         update = train(self, session, task, sent, lr)
