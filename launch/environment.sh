@@ -1,4 +1,5 @@
 # Sourced by the scripts beside it: the repository's own .venv, with the tested versions in it.
+# SCALEFL_PYTHON: the python of another environment, which has the project's dependencies.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
@@ -44,4 +45,11 @@ install() {
         "$venv/bin/python" -m pip install --quiet -c constraints.txt -e "$2"
     )
     echo "$state" >"$stamp"
+}
+
+# Sets `python` to one that runs this repository's code.
+find_project() {
+    python="${SCALEFL_PYTHON:-$venv/bin/python}"
+    [[ -n "${SCALEFL_PYTHON:-}" ]] || install project .
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 }

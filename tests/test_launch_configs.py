@@ -153,11 +153,14 @@ def program(folder: Path, name: str, script: str) -> None:
 
 
 def bash(script: Path, *typed: str, gpu: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A launch script on a machine with a GPU, or without."""
-    program(fakes := script.parents[1] / "fakes", "nvidia-smi", f"exit {int(not gpu)}")
+    """A launch script on a machine with two GPUs, or without any."""
+    shown = "echo 'GPU 0: one'; echo 'GPU 1: another'" if gpu else "exit 1"
+    program(fakes := script.parents[1] / "fakes", "nvidia-smi", shown)
+    settings = ("SCALEFL_PYTHON", "CUDA_VISIBLE_DEVICES", "PROCESSES", "CPU")
+    kept = {name: value for name, value in environment().items() if name not in settings}
     return subprocess.run(
         ["bash", str(script), *typed],
-        env=environment(PATH=f"{fakes}:{os.environ['PATH']}", **variables),
+        env=kept | {"PATH": f"{fakes}:{os.environ['PATH']}"} | variables,
         capture_output=True,
         text=True,
         timeout=20,
@@ -271,3 +274,65 @@ def test_the_low_memory_recipe_is_a_run_and_further_options_win(
     _, changed = noted("--use_gpu", "0", "--optimizer", "adamw_8bit", "--batch_size", "4")
     assert (changed.use_gpu, changed.optimizer, changed.batch_size) == (False, "adamw_8bit", 4)
     assert changed.quantization == "nf4"
+
+
+MULTI_GPU = "launch/multi_gpu.sh"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "variables", "line"),
+    [
+        (
+            False,
+            {},
+            "no CUDA GPU was found; expected one, or PROCESSES=2 CPU=1 for two processes on the CPU.",
+        ),
+        (False, {"PROCESSES": "2"}, "no CUDA GPU was found; expected one, or PROCESSES=2 CPU=1 for two proc"),
+        (True, {"CUDA_VISIBLE_DEVICES": ""}, "no CUDA GPU was found; expected one, or PROCESSES=2 CPU=1 for"),
+        (False, {"CPU": "1"}, "PROCESSES: got '0' with 0 GPU(s); expected a number from 1 on, and no more "),
+        (
+            True,
+            {"PROCESSES": "3"},
+            "PROCESSES: got '3' with 2 GPU(s); expected a number from 1 on, and no more",
+        ),
+        (
+            True,
+            {"PROCESSES": "two"},
+            "PROCESSES: got 'two' with 2 GPU(s); expected a number from 1 on, and no",
+        ),
+    ],
+    ids=str,
+)
+def test_several_gpus_are_there_or_asked_for_otherwise(
+    scripts: Path, gpu: bool, variables: dict[str, str], line: str
+) -> None:
+    done = bash(scripts / "multi_gpu.sh", "--save_path", "run", gpu=gpu, **variables)
+    (shown,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert shown.startswith(f"{MULTI_GPU}: {line}")
+    assert not (scripts.parent / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch", "given"),
+    [
+        ({}, "--num_processes 2 --multi_gpu", ""),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "", ""),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,5"}, "--num_processes 3 --multi_gpu", ""),
+        ({"PROCESSES": "4", "CPU": "1"}, "--num_processes 4 --multi_gpu", "--use_gpu 0"),
+        ({"ACCELERATE_CONFIG": "zero3.yaml"}, "--num_processes 2 --config_file zero3.yaml", ""),
+    ],
+    ids=str,
+)
+def test_several_gpus_are_one_launch(
+    scripts: Path, variables: dict[str, str], launch: str, given: str
+) -> None:
+    program(scripts.parent, "python", "printf '%s\\n' \"$@\"; env | grep ACCELERATE_USE_CPU >&2")
+    variables = {"SCALEFL_PYTHON": str(scripts.parent / "python"), **variables}
+    done = bash(scripts / "multi_gpu.sh", "--save_path", "a run", **variables)
+    words = done.stdout.splitlines()
+    at = words.index("scalefl")
+    assert words[at:] == ["scalefl", "train", *given.split(), "--save_path", "a run"]
+    assert ("accelerate.commands.launch" in words) == bool(launch)
+    assert set(launch.split()) <= set(words[:at])
+    assert done.stderr.split() == ["ACCELERATE_USE_CPU=true"] * bool(given)
