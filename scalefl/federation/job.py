@@ -23,6 +23,10 @@ class Job:
     """What it prints."""
 
 
+class NotNowError(Exception):
+    """Jobs could not be started at present; `room` says when to try again."""
+
+
 class Launcher(Protocol):
     """What starts jobs, and tells how they end."""
 
@@ -35,11 +39,15 @@ class Launcher(Protocol):
         ...
 
     def start(self, jobs: Sequence[Job]) -> None:
-        """Start jobs of one level."""
+        """Start jobs of one level: all, or none, which NotNowError says."""
         ...
 
     def ended(self, jobs: Iterable[Job]) -> dict[str, str]:
         """Name -> how it ended, of the jobs that have ended; those that nothing is known of are not named."""
+        ...
+
+    def waits(self, job: Job) -> bool:
+        """Whether a job that was started waits for its turn, so that its time does not run yet."""
         ...
 
     def cancel(self, job: Job) -> None:

@@ -24,10 +24,9 @@ from scalefl.federation import exchange
 from scalefl.federation.attempts import halved, name_of, unusable
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.exchange import BadFileError, Note
-from scalefl.federation.job import Job, Launcher
+from scalefl.federation.job import Job, Launcher, NotNowError
 from scalefl.federation.resources import Resources, read_resources
 from scalefl.federation.setup import Federation
-from scalefl.federation.slurm import cancel_left_behind
 from scalefl.registry import resolve
 
 log = logging.getLogger("scalefl")
@@ -126,7 +125,6 @@ class Jobs:
 
     def _open(self, folder: Path, tasks: Sequence[ClientTask], state: State, lr: float) -> Desk:
         """Write what clients need; what a killed run left of this round stays where it still holds."""
-        cancel_left_behind(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for stale in [*folder.glob(".*.tmp"), *folder.glob("*.failure.json")]:
             stale.unlink(missing_ok=True)
@@ -199,6 +197,8 @@ class Desk:
         # Asked first: what a job answered before its end is seen below.
         ended = self._launcher.ended([running.job for running in self._running])
         for running in list(self._running):
+            if self._launcher.waits(running.job):
+                running.since = time.monotonic()
             for ticket in list(running.waiting):
                 if self._answered(ticket):
                     running.waiting.remove(ticket)
@@ -242,7 +242,11 @@ class Desk:
             by_file = {ticket.file: ticket for ticket in given}
             files = [file for file in by_file if file is not None]
             jobs = self._jobs.bundles(level, files, size, self._folder)
-            self._launcher.start(jobs)
+            try:
+                self._launcher.start(jobs)
+            except NotNowError as error:
+                log.warning("%s; tried again later", error)
+                return
             now = time.monotonic()
             for job in jobs:
                 self._running.append(

@@ -77,6 +77,9 @@ class Local:
                 self._forget(job.name)
         return found
 
+    def waits(self, job: Job) -> bool:
+        return False
+
     def cancel(self, job: Job) -> None:
         if job.name in self._running:
             self._end([job.name])

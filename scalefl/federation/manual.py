@@ -29,6 +29,9 @@ class Manual:
     def ended(self, jobs: Iterable[Job]) -> dict[str, str]:
         return {}
 
+    def waits(self, job: Job) -> bool:
+        return False
+
     def cancel(self, job: Job) -> None:
         log.warning("%s: no answer was waited for any longer", job.name)
 
