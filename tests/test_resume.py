@@ -59,8 +59,8 @@ def test_killed_at_five_random_moments(tmp_path_factory):
             time.sleep(moments.uniform(0.1, 1.0) * longest)
             assert job.process.poll() is None, "the run is over already: train longer"
             os.kill(job.process.pid, signal.SIGKILL)
-        if (folder / "run" / "checkpoints").is_dir():
-            killed_in.add(load_latest(folder / "run" / "checkpoints").folder_name)
+        if (last := load_latest(folder / "run" / "checkpoints")) is not None:
+            killed_in.add(last.folder_name)
             command = ["scalefl", "train", "--resume", str(folder / "run")]
     assert len(killed_in) >= 2, "moments that come to the same test little"
     assert resume(folder / "run") == 0
@@ -127,7 +127,7 @@ def test_exit_code_and_time_of_a_stop(tmp_path, number):
         sent = time.monotonic()
         os.kill(job.process.pid, number)
         assert job.end() == 128 + number
-    assert time.monotonic() - sent < 5
+    assert time.monotonic() - sent < 20, "a step and a checkpoint; the machine may be busy"
     assert "Traceback" not in job.output
     assert load_latest(tmp_path / "run" / "checkpoints").partial is not None
 
