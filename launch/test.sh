@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install dev '.[dev]'
 
 cd "$root"
-exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -9,7 +9,22 @@ from typing import Any
 
 import pytest
 
+LONGEST_FIRST = (
+    "test_matrix",
+    "test_jobs",
+    "test_slurm",
+    "test_parallel",
+    "test_benchmarks",
+    "test_plan_memory",
+)
+"""Files that take minutes: started last, one core would work at them alone."""
+
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
