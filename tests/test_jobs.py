@@ -1,6 +1,7 @@
 """The jobs executor: clients in processes of their own, files between, and what becomes of failures."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -30,9 +31,11 @@ from runs import (
 )
 
 from scalefl.cli import main
-from scalefl.federation import exchange, jobs, worker
+from scalefl.federation import exchange, jobs, local, worker
 from scalefl.federation.attempts import halved, is_memory_text, unusable
 from scalefl.federation.exchange import BadFileError
+from scalefl.federation.job import Job as JobOf
+from scalefl.federation.resources import Resources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -370,6 +373,53 @@ def test_a_dry_run_launches_nothing(tmp_path, capsys):
     assert not (tmp_path / "run" / "jobs").exists() and not (tmp_path / "run" / "checkpoints").exists()
 
 
+class NoProcess:
+    """In place of `subprocess.Popen`: records how it is started, and ends when it is told to."""
+
+    started: list["NoProcess"] = []
+
+    def __init__(self, command, **settings):
+        self.command, self.environment, self.code = command, settings["env"], None
+        self.started.append(self)
+
+    def poll(self):
+        return self.code
+
+
+def test_jobs_share_out_the_gpus_of_a_machine(tmp_path, monkeypatch):
+    """Three GPUs; level 2 wants two of them. A job sees its own alone, and gives them back at its end."""
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["3", "5", "GPU-7"])
+    monkeypatch.setattr(local.subprocess, "Popen", NoProcess)
+    monkeypatch.setattr(NoProcess, "started", [])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run = dataclasses.replace(federation(tmp_path).run, executor="jobs", use_gpu=None)
+    launcher = local.Local(run, {1: Resources(), 2: Resources(processes=2, gpus=2)})
+    jobs = [
+        JobOf(
+            name=f"job {number}", level=level, tasks=(tmp_path / "task.json",), log=tmp_path / f"{number}.log"
+        )
+        for number, level in enumerate((1, 2, 2))
+    ]
+    assert (launcher.room(1), launcher.room(2)) == (3, 1)
+    launcher.start(jobs[:2])
+    assert (launcher.room(1), launcher.room(2)) == (0, 0)
+    shown = [process.environment["CUDA_VISIBLE_DEVICES"] for process in NoProcess.started]
+    assert shown == ["3", "5,GPU-7"]
+    assert not {"RANK", "ACCELERATE_USE_CPU"} & NoProcess.started[0].environment.keys()
+    one, two = (process.command for process in NoProcess.started)
+    assert "accelerate.commands.launch" not in one and two[two.index("--num_processes") + 1] == "2"
+    NoProcess.started[1].code = -9
+    assert launcher.ended(jobs) == {"job 1": "killed by signal 9 (SIGKILL)"}
+    assert launcher.room(2) == 1
+    launcher.start(jobs[2:])
+    assert NoProcess.started[2].environment["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+    ports = [
+        command[command.index("--main_process_port") + 1] for command in (two, NoProcess.started[2].command)
+    ]
+    assert all(int(port) > 1023 for port in ports)
+
+
 def note(folder, **changes):
     folder.mkdir(exist_ok=True)
     tensors = exchange.write_tensors(folder / "update.safetensors", {"w": torch.arange(6.0)})
@@ -472,9 +522,9 @@ def test_what_cannot_be_merged_has_a_reason():
 def test_half_of_a_pass_still_divides_the_step(tmp_path):
     run = federation(tmp_path).run
     for batch_size, micro, processes, half in ((12, None, 1, 6), (12, 6, 1, 3), (12, 3, 1, 1), (12, 1, 1, 1)):
-        changed = jobs.dataclasses.replace(run, batch_size=batch_size, micro_batch_size=micro)
+        changed = dataclasses.replace(run, batch_size=batch_size, micro_batch_size=micro)
         assert halved(changed, processes) == half
-    assert halved(jobs.dataclasses.replace(run, batch_size=12), 2) == 3
+    assert halved(dataclasses.replace(run, batch_size=12), 2) == 3
     assert is_memory_text("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
     assert is_memory_text("MemoryError: no text") and not is_memory_text("RuntimeError: a fault")
 
