@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -74,16 +74,24 @@ class Engine:
         self._host_group = torch.distributed.new_group(backend="gloo") if on_gpus else None
         self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
         self.board = self._open_board()
-        self.watchdog = Watchdog(
+        if Engine._watchdog is not None:
+            Engine._watchdog.stop()
+        self.watchdog = Engine._watchdog = Watchdog(
             self.board, self.rank, run.client_timeout, next_step or to_resume(run.save_path)
         )
+
+    _board: ClassVar[Board | None] = None
+    _watchdog: ClassVar[Watchdog | None] = None
+    """A process has one of each: the board stays open for other ranks when another engine follows."""
 
     def _open_board(self) -> Board | None:
         if self.num_processes == 1:
             return None
-        board = Board(0, self.num_processes) if self.is_main else None
-        ports = gather_object([board.port if board is not None else 0])
-        return board or Board(self.rank, self.num_processes, ports[0])
+        if Engine._board is None:
+            board = Board(0, self.num_processes) if self.is_main else None
+            ports = gather_object([board.port if board is not None else 0])
+            Engine._board = board or Board(self.rank, self.num_processes, ports[0])
+        return Engine._board
 
     def _check_launch(self, precision: str, run_precision: str) -> None:
         """What was launched must be what runs: a wrong launch trains on silently."""
@@ -298,6 +306,7 @@ class Engine:
 
     def finish(self) -> None:
         self.watchdog.stop()
+        self.barrier()  # rank 0, and the board with it, goes when no rank looks at it any more
         self._accelerator.end_training()
 
 

@@ -43,12 +43,17 @@ class Watchdog:
         self._cause, self._signum = "", 0
         self._leave_at: float | None = None
         self._done = threading.Event()
+        self._thread: threading.Thread | None = None
         self._started_by, self._launcher = os.environ.get(PARENT), os.getppid()
         if board is not None or client_timeout is not None or self._started_by is not None:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
+        """Look no more; what is being looked at is seen to its end."""
         self._done.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def signalled(self, signum: int) -> None:
         """A signal has come, and the main thread is to leave."""

@@ -58,6 +58,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     if results is not None and results["rounds"] == progress.round >= run.num_rounds:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
         _print_results(display, folder, results)
+        engine.finish()
         return
     _print_setup(display, federation)
     if run.dry_run:
@@ -91,6 +92,7 @@ def evaluate(run: RunConfig, model_file: ModelFile) -> None:
         federation = build(run, model_file, Path(run.evaluate_from), spare_base)
         check_same_parameters(progress.state, federation.initial_state, run.evaluate_from)
         _print_evaluation(federation, progress.state)
+        federation.engine.finish()
     finally:
         shutil.rmtree(spare_base, ignore_errors=True)
 
