@@ -163,14 +163,16 @@ def _trace_jobs() -> list[tuple[int, str, dict[str, float], float, int]]:
 
     def traced(self: jobs.Desk, ticket: jobs.Ticket) -> Any:
         started = time.perf_counter()
-        updates = list(outcome(self, ticket))
+        update = outcome(self, ticket)
         seconds = time.perf_counter() - started
+        if update is None:
+            return None
         assert ticket.update is not None and ticket.file is not None
         content = ticket.update.content
         written = exchange.answer_path(ticket.file, "update").stat().st_mtime
         times = {**content["times"], "written": written}
         found.append((ticket.task.level, ticket.file.name, times, seconds, content["tensors"]["bytes"]))
-        return iter(updates)
+        return update
 
     jobs.Desk.outcome = traced  # type: ignore[method-assign]
     return found

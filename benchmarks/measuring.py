@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchmetrics.functional.classification  # noqa: F401  # which evaluation imports late: no memory of a round
 from torch import Tensor
 
 from scalefl.contracts import ClientTask, ClientUpdate, State

@@ -119,7 +119,7 @@ def with_rank_parts(folder: Path, progress: Progress) -> Progress:
 
 
 def drop_rank_parts(folder: Path) -> None:
-    for path in folder.glob("rank-*"):
+    for path in folder.glob("*rank-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -219,7 +219,9 @@ def _prune(folder: Path, progress: Progress, keep_last: int) -> None:
     whole = [p for p in folder.glob("round-*") if p.name != best and not p.name.endswith("-part")]
     surplus = sorted(whole, key=_age)[:-keep_last]
     if progress.partial is None:
-        surplus += [*folder.glob("round-*-part"), *folder.glob("rank-*")]
+        surplus += folder.glob("round-*-part")
+        # Of the next round other ranks may have something already.
+        surplus += (p for p in folder.glob("*rank-*") if int(p.name.split("-")[-1][:4]) <= progress.round)
     surplus += folder.glob(".round-*")
     for path in surplus:
         shutil.rmtree(path, ignore_errors=True)

@@ -33,13 +33,14 @@ NEXT_STEPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 128 + signal for a stop."""
-    save_path = ""
+    next_step = ""
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
         if command.client is not None:
             from scalefl.federation.worker import work
 
+            next_step = "its job ends"
             work(command.client)
             return 0
         run, model_file = resolve(command.flags, *command.config_files, command=command.name)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from scalefl.federation.run import train
 
-        save_path = run.save_path
+        next_step = f"go on with `scalefl train --resume {run.save_path}`"
         with _stop_in_setup():
             train(run, model_file)
     except InputError as error:
@@ -64,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{place}{error.strerror}; {NEXT_STEPS[error.errno]}")
     except Interrupted as stop:
         if _speaks():
-            print(f"scalefl: {stop}; go on with `scalefl train --resume {save_path}`.", file=sys.stderr)
+            print(f"scalefl: {stop}; {next_step}.", file=sys.stderr)
         return EXIT_SIGNAL + stop.signum
     except Unfinished as stop:
-        from scalefl.engine.watchdog import EXIT_UNFINISHED, to_resume, unfinished
+        from scalefl.engine.watchdog import EXIT_UNFINISHED, unfinished
 
         if _speaks():
-            print(unfinished(str(stop), to_resume(save_path)), file=sys.stderr)
+            print(unfinished(str(stop), next_step), file=sys.stderr)
         return EXIT_UNFINISHED
     except KeyboardInterrupt:
         return EXIT_CTRL_C

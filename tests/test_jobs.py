@@ -32,7 +32,7 @@ from runs import (
 
 from scalefl.cli import main
 from scalefl.federation import exchange, jobs, local, worker
-from scalefl.federation.attempts import halved, is_memory_text, unusable
+from scalefl.federation.attempts import halved, lacks_memory, unusable
 from scalefl.federation.exchange import BadFileError
 from scalefl.federation.job import Job as JobOf
 from scalefl.federation.resources import Resources
@@ -525,8 +525,8 @@ def test_half_of_a_pass_still_divides_the_step(tmp_path):
         changed = dataclasses.replace(run, batch_size=batch_size, micro_batch_size=micro)
         assert halved(changed, processes) == half
     assert halved(dataclasses.replace(run, batch_size=12), 2) == 3
-    assert is_memory_text("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
-    assert is_memory_text("MemoryError: no text") and not is_memory_text("RuntimeError: a fault")
+    assert lacks_memory("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    assert lacks_memory("MemoryError: no text") and not lacks_memory("RuntimeError: a fault")
 
 
 def test_examples_of_several_tasks_are_read_once():

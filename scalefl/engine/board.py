@@ -64,32 +64,44 @@ class Board:
         self._write(f"meeting {self._meetings}/{self._rank}", word)
         keys = [f"meeting {self._meetings}/{rank}" for rank in range(self.num_ranks)]
         started = time.monotonic()
-        while not self._store.check(keys):
+        while not self._has(keys):
             poll()
             if (cause := self.given_up()) is not None:
                 raise Unfinished(cause)
             if patience is not None and time.monotonic() - started > patience:
-                missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+                missing = [r for r, key in enumerate(keys) if not self._has([key])]
                 raise Unfinished(f"rank(s) {missing} did not answer within {patience:.0f} s")
             time.sleep(POLL_SECONDS)
+        if (cause := self.given_up()) is not None:  # having said its word
+            raise Unfinished(cause)
         words = [self._read(key) for key in keys]
         if self._meetings > 1:  # everybody is at this meeting, so has read the one before
-            self._store.delete_key(f"meeting {self._meetings - 1}/{self._rank}")
+            self._asked(lambda: self._store.delete_key(f"meeting {self._meetings - 1}/{self._rank}"))
         return words
 
     def leave(self) -> None:
         """Say that this rank may end, and wait until every rank says so, or one cannot go on."""
-        self._write(f"leaves {self._rank}", True)
         keys = [f"leaves {rank}" for rank in range(self.num_ranks)]
-        with contextlib.suppress(RuntimeError):  # the board is gone with rank 0, which had seen all
-            while not self._store.check(keys) and self.given_up() is None:
+        with contextlib.suppress(Unfinished):  # the board is gone with rank 0, which had seen all
+            self._write(f"leaves {self._rank}", True)
+            while not self._has(keys) and self.given_up() is None:
                 time.sleep(POLL_SECONDS)
 
     def _write(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value))
+        self._asked(lambda: self._store.set(key, json.dumps(value)))
 
     def _read(self, key: str) -> Any:
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+        return json.loads(self._asked(lambda: self._store.get(key))) if self._has([key]) else None
+
+    def _has(self, keys: list[str]) -> bool:
+        return bool(self._asked(lambda: self._store.check(keys)))
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        """An answer of the store. Raises Unfinished where there is none: it went with rank 0."""
+        try:
+            return question()
+        except RuntimeError as error:
+            raise Unfinished("rank 0 is gone") from error
 
 
 def _connect(port: int, *, opens: bool) -> Any:

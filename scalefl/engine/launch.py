@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -27,12 +28,15 @@ from scalefl.engine.watchdog import Watchdog, to_resume
 
 KIB = 1024
 
+MEETING_SECONDS = 10.0
+"""From a signal that ends the launch to the end of the wait for ranks that do not come."""
+
 LOOK_SECONDS = 0.25
 """Between two looks at what other ranks say, of a rank that trains a client of its own."""
 
 PROCESS_TIMEOUT = timedelta(days=7)
 """How long a process waits for the others in a collective: longer than any round. The watchdog sees sooner
-that one is gone.
+that rank 0 is gone, and a launcher that a process of its machine is.
 """
 
 PATIENCE_SECONDS = 30.0
@@ -71,7 +75,9 @@ class Engine:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
         on_gpus = self.num_processes > 1 and self.device.type == "cuda"
-        self._host_group = torch.distributed.new_group(backend="gloo") if on_gpus else None
+        self._host_group = (
+            torch.distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT) if on_gpus else None
+        )
         self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
         self.board = self._open_board()
         if Engine._watchdog is not None:
@@ -272,10 +278,27 @@ class Engine:
             raise Unfinished(self.board.given_up() or problem) from None
         return next((word for word in words if word is not None), None)
 
-    def meet(self, poll: Callable[[], None]) -> None:
-        """Wait until every rank is here, not in a collective: `poll` may raise meanwhile."""
-        if self.board is not None:
-            self.board.meet("here", poll)
+    def meet(self, signum: int, received: Callable[[], int]) -> int:
+        """The largest of all ranks' signals (0: none), once every rank is here, not in a collective.
+
+        A signal that is `received` meanwhile is passed on to those who train. Where they do not come although
+        the launcher asks to end, Unfinished is raised after `MEETING_SECONDS`.
+        """
+        if self.board is None:
+            return signum
+        board, asked_at = self.board, 0.0
+
+        def poll() -> None:
+            nonlocal asked_at
+            if not (late := received()):
+                return
+            if not asked_at:
+                asked_at = time.monotonic()
+                board.ask_to_stop(late)
+            if late != signal.SIGUSR1 and time.monotonic() - asked_at > MEETING_SECONDS:
+                board.give_up(f"stopped by signal {late}")
+
+        return max(board.meet(signum, poll))
 
     def leave(self) -> None:
         """Wait until every rank has saved what it has: launchers kill the others once the first has ended."""

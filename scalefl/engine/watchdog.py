@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from scalefl.contracts import Unfinished
 from scalefl.engine.board import Board
 
 log = logging.getLogger("scalefl")
@@ -88,7 +89,7 @@ class Watchdog:
             return
         cause = f"{client[0]} trains for longer than --client_timeout {limit:g} (seconds)"
         if self._board is not None:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(Unfinished):
                 self._board.give_up(cause)
         # The first rank says why, and ends the launch; it looks at the board as well.
         self._prepare_to_leave(cause, 0 if self._rank == 0 else GRACE_SECONDS)
@@ -104,8 +105,8 @@ class Watchdog:
         try:
             if (cause := board.given_up()) is not None:
                 self._prepare_to_leave(cause)
-        except RuntimeError:  # the board goes with the first rank
-            self._prepare_to_leave("rank 0 is gone")
+        except Unfinished as gone:
+            self._prepare_to_leave(str(gone))
 
     def _leave(self) -> None:
         """End the process past whatever its main thread hangs in."""

@@ -28,8 +28,11 @@ from scalefl.models.store import Store
 
 log = logging.getLogger("scalefl")
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-"""What errors say that are no MemoryError: of CUDA's allocator, PyTorch's on the CPU, bitsandbytes."""
+OUT_OF_MEMORY = (
+    *("memoryerror:", "out of memory", "out_of_memory", "outofmemoryerror"),
+    *("can't allocate memory", "cannot allocate memory"),
+)
+"""What Python says, CUDA's allocator, PyTorch's on the CPU, bitsandbytes, and SLURM."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -43,12 +46,9 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def is_memory_text(cause: str) -> bool:
-    """Whether a failure, as `in_one_line` has it, was a lack of memory."""
-    kind, _, text = cause.partition(": ")
-    return kind in ("MemoryError", "OutOfMemoryError") or (
-        kind == "RuntimeError" and any(words in text.lower() for words in OUT_OF_MEMORY)
-    )
+def lacks_memory(cause: str) -> bool:
+    """Whether a failure, in its own words, a job's last ones or SLURM's, was a lack of memory."""
+    return any(words in cause.lower() for words in OUT_OF_MEMORY)
 
 
 def unusable(delta: Mapping[str, Tensor], shapes: Shapes) -> str | None:
@@ -113,7 +113,7 @@ class Bench:
                 *(name_of(task), task.round, attempt, trainer.run.client_retries + 1, failures[-1]),
             )
             self._drop_session()
-            if is_memory_text(failures[-1]):
+            if lacks_memory(failures[-1]):
                 trainer = _in_passes_of(trainer, halved(trainer.run, trainer.engine.num_processes))
         log.warning("%s is left out of round %d", name_of(task), task.round)
         return ClientFailure(

@@ -27,6 +27,10 @@ class BadFileError(ValueError):
     """A file that is there, but not what was expected: cut off, changed, of another task or version."""
 
 
+class ForeignFileError(BadFileError):
+    """A whole file that answers another task."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Note:
     """A JSON file that was read and is whole."""
@@ -78,7 +82,7 @@ def read_note(path: Path, kind: str, *, answers: str | None = None) -> Note:
             f"{path.name} is a {content['kind']} of format {content['format']}; expected {kind}, {FORMAT}"
         )
     if answers is not None and content.get("task") != answers:
-        raise BadFileError(f"{path.name} answers another task")
+        raise ForeignFileError(f"{path.name} answers another task")
     return Note(path=path, content=content, digest=digest)
 
 

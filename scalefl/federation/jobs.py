@@ -21,9 +21,9 @@ from scalefl.config.saved import to_dict
 from scalefl.contracts import ClientFailure, ClientTask, ClientUpdate, InputError, Outcome, State
 from scalefl.features import FeatureFiles
 from scalefl.federation import exchange
-from scalefl.federation.attempts import halved, name_of, unusable
+from scalefl.federation.attempts import halved, lacks_memory, name_of, unusable
 from scalefl.federation.client import ClientTrainer
-from scalefl.federation.exchange import BadFileError, Note
+from scalefl.federation.exchange import BadFileError, ForeignFileError, Note
 from scalefl.federation.job import Job, Launcher, NotNowError
 from scalefl.federation.resources import Resources, read_resources
 from scalefl.federation.setup import Federation
@@ -88,6 +88,7 @@ class Jobs:
         self._launcher: Launcher = resolve("job_launcher", self._run.job_launcher)(self._run, self._resources)
         self._folder = Path(self._run.save_path).absolute() / "jobs"
         self._names: Counter[int] = Counter()
+        self._has_written_model = False
 
     def train(self, tasks: Sequence[ClientTask], global_state: State, lr: float) -> Iterator[Outcome]:
         """Every task's outcome, in the order of levels and clients."""
@@ -98,10 +99,11 @@ class Jobs:
         try:
             desk = self._open(folder, ordered, global_state, lr)
             for ticket in desk.tickets:
-                while ticket.update is None and len(ticket.failures) <= self._run.client_retries:
+                while (outcome := desk.outcome(ticket)) is None:
                     desk.look()
                     self._trainer.check_stop(self._trainer.engine)
-                yield from desk.outcome(ticket)
+                yield outcome
+                del outcome  # else it stays in memory while others are waited for
         finally:
             self._launcher.close()
 
@@ -128,7 +130,9 @@ class Jobs:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in [*folder.glob(".*.tmp"), *folder.glob("*.failure.json")]:
             stale.unlink(missing_ok=True)
-        self._write_model()
+        if not self._has_written_model:
+            self._write_model()
+            self._has_written_model = True
         models = self._fed.store.models
         sent = {
             level: exchange.write_tensors(
@@ -150,9 +154,8 @@ class Jobs:
         return desk
 
     def _write_model(self) -> None:
+        """Anew by every process: paths in it may be others than those of the one before."""
         folder = self._folder / MODEL
-        if folder.is_dir():
-            return
         temporary = folder.with_name(f".{MODEL}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -160,6 +163,7 @@ class Jobs:
         self._fed.processor.save_pretrained(temporary)
         if isinstance(features := self._fed.batchers["train"].features, FeatureFiles):
             features.write_index(temporary / FEATURES)
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 
     def bundles(self, level: int, tasks: Sequence[Path], size: int, folder: Path) -> list[Job]:
@@ -188,7 +192,7 @@ class Desk:
         ticket = Ticket(task=task, micro_batch_size=self._run.micro_batch_size)
         self.tickets.append(ticket)
         self._write_task(ticket)
-        if not self._answered(ticket):
+        if not self._answered(ticket, counts=False):
             self._ready.append(ticket)
 
     def look(self) -> None:
@@ -206,29 +210,31 @@ class Desk:
             self._settle(running, ended.get(running.job.name))
         time.sleep(POLL_SECONDS)
 
-    def outcome(self, ticket: Ticket) -> Iterator[Outcome]:
-        """A generator, so that the update is gone from here while others are waited for."""
-        task = ticket.task
-        failures = tuple(ticket.failures)
-        if ticket.update is None:
-            log.warning("%s is left out of round %d", name_of(task), task.round)
-            yield ClientFailure(
+    def outcome(self, ticket: Ticket) -> Outcome | None:
+        """A client's update, its failure after the last attempt, or None while neither is there."""
+        task, failures = ticket.task, tuple(ticket.failures)
+        if ticket.update is not None:
+            content = ticket.update.content
+            try:
+                delta = ticket.update.tensors()
+            except BadFileError as error:  # it was whole when it came
+                ticket.update = None
+                self._failed(ticket, str(error))
+                return None
+            return ClientUpdate(
                 client=task.client,
                 level=task.level,
-                num_examples=len(task.example_ids),
+                delta=delta,
+                num_examples=content["num_examples"],
+                metrics=content["metrics"],
+                batches=content["batches"],
                 failures=failures,
             )
-            return
-        content = ticket.update.content
-        # Seen to be whole and of the right shapes when it came; kept on disk until it is merged.
-        yield ClientUpdate(
-            client=task.client,
-            level=task.level,
-            delta=ticket.update.tensors(),
-            num_examples=content["num_examples"],
-            metrics=content["metrics"],
-            batches=content["batches"],
-            failures=failures,
+        if len(failures) <= self._run.client_retries:
+            return None
+        log.warning("%s is left out of round %d", name_of(task), task.round)
+        return ClientFailure(
+            client=task.client, level=task.level, num_examples=len(task.example_ids), failures=failures
         )
 
     def _give_out(self) -> None:
@@ -271,31 +277,43 @@ class Desk:
             return
         self._running.remove(running)
         first, *rest = running.waiting
-        self._failed(first, cause, lacks_memory="OUT_OF_MEMORY" in cause)
+        self._failed(first, cause)
         self._ready += rest
 
-    def _answered(self, ticket: Ticket) -> bool:
-        """Take in a client's answer, if there is one."""
+    def _answered(self, ticket: Ticket, *, counts: bool = True) -> bool:
+        """Take in a client's answer, if there is one; one to an earlier form of the task is none.
+
+        An answer that is no good is a failure, unless it does not count: then it goes, and is none.
+        """
         assert ticket.file is not None
         failure = exchange.answer_path(ticket.file, "failure")
         update = exchange.answer_path(ticket.file, "update")
         try:
             if failure.is_file():
-                content = exchange.read_note(failure, "failure", answers=ticket.digest).content
-                self._failed(ticket, content["cause"], lacks_memory=content["lacks_memory"])
+                self._failed(
+                    ticket, exchange.read_note(failure, "failure", answers=ticket.digest).content["cause"]
+                )
                 return True
             if not update.is_file():
                 return False
             note = exchange.read_note(update, "update", answers=ticket.digest)
             shapes = self._jobs._fed.store.models.slices[ticket.task.level].trainable_shapes
-            if (problem := unusable(note.tensors(), shapes)) is not None:
-                raise BadFileError(problem)
-            ticket.update = note
+            problem = unusable(note.tensors(), shapes)
+        except ForeignFileError:
+            return False
         except (BadFileError, KeyError, TypeError) as error:
-            self._failed(ticket, str(error), lacks_memory=False)
-        return True
+            if self._run.job_launcher == "manual":  # somebody may still be copying it
+                return False
+            problem = str(error)
+        if problem is None:
+            ticket.update = note
+        elif counts:
+            self._failed(ticket, problem)
+        else:
+            update.unlink()
+        return problem is None or counts
 
-    def _failed(self, ticket: Ticket, cause: str, *, lacks_memory: bool) -> None:
+    def _failed(self, ticket: Ticket, cause: str) -> None:
         """Write down why, and give the task out again if it may be tried again."""
         task, attempts = ticket.task, self._run.client_retries + 1
         log.warning(
@@ -303,7 +321,7 @@ class Desk:
             *(name_of(task), task.round, ticket.attempt, attempts, cause),
         )
         ticket.failures.append(cause)
-        if lacks_memory:
+        if lacks_memory(cause):
             processes = self._jobs._resources[task.level].processes
             run = dataclasses.replace(self._run, micro_batch_size=ticket.micro_batch_size)
             ticket.micro_batch_size = halved(run, processes)

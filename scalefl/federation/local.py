@@ -18,8 +18,8 @@ from scalefl.engine.watchdog import PARENT, who_i_am
 from scalefl.federation.job import Job, client_command, shell
 from scalefl.federation.resources import Resources
 
-TERM_SECONDS = 5.0
-"""From SIGTERM to SIGKILL."""
+TERM_SECONDS, TERM_SECONDS_OF_LAUNCHES = 5.0, 35.0
+"""From SIGTERM to SIGKILL. Launchers give the workers that they started, in sessions of their own, 30."""
 
 OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables of the launch that this process may be part of."""
@@ -37,6 +37,11 @@ class Local:
                     f"--level_resources: level {level} asks for {wanted.gpus} GPU(s), this machine shows "
                     f"{len(self._gpus)}; ask for fewer, or use --job_launcher slurm."
                 )
+            if self._gpus and wanted.processes > max(1, wanted.gpus):
+                raise InputError(
+                    f"--level_resources: level {level} asks for {wanted.processes} processes on "
+                    f"{wanted.gpus} GPU(s); expected a GPU for each: gpus: {wanted.processes}."
+                )
         most = max(resource.processes for resource in resources.values())
         by_cores = max(1, (os.cpu_count() or 1) // most)
         self._max_jobs = run.max_jobs or (by_cores if self._on_cpu else max(1, len(self._gpus)))
@@ -44,6 +49,8 @@ class Local:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._devices: dict[str, list[str]] = {}
         self._ports: dict[str, int] = {}
+        self._is_alone: dict[str, bool] = {}
+        """Whether a job is one process, without a launcher."""
 
     def room(self, level: int) -> int:
         jobs, gpus = self._max_jobs - len(self._running), self._gpus_of(level)
@@ -58,6 +65,8 @@ class Local:
             count = self._gpus_of(job.level)
             self._devices[job.name], self._gpus = self._gpus[:count], self._gpus[count:]
             self._ports[job.name] = port = self._free_port()
+            wanted = self._resources[job.level]
+            self._is_alone[job.name] = wanted.processes == 1 and wanted.accelerate_config is None
             with open(job.log, "wb") as log:
                 self._running[job.name] = subprocess.Popen(
                     self._command(job, port),
@@ -132,7 +141,8 @@ class Local:
             for name in names:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._running[name].pid, number)
-            end = time.monotonic() + TERM_SECONDS
+            alone = all(self._is_alone[name] for name in names)
+            end = time.monotonic() + (TERM_SECONDS if alone else TERM_SECONDS_OF_LAUNCHES)
             while any(self._running[n].poll() is None for n in names) and time.monotonic() < end:
                 time.sleep(0.02)
         for name in names:
@@ -140,7 +150,7 @@ class Local:
             self._forget(name)
 
     def _forget(self, name: str) -> None:
-        del self._running[name], self._ports[name]
+        del self._running[name], self._ports[name], self._is_alone[name]
         self._gpus += self._devices.pop(name)
 
 

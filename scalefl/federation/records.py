@@ -30,6 +30,12 @@ class RunFolder:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def drop_rounds_of_jobs(self, *, before: int | None) -> None:
+        """Remove what clients exchanged in rounds that are over, or in any if nobody goes on with it."""
+        for path in self.path.glob("jobs/round-*") if self._writes else ():
+            if before is None or int(path.name.removeprefix("round-")) < before:
+                shutil.rmtree(path, ignore_errors=True)
+
     def append_metrics(self, record: Mapping[str, Any], *, at: int) -> int:
         """Write a line at byte `at`, dropping what a killed run left behind it; the length afterwards."""
         if not self._writes:

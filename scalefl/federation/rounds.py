@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class RoundLoop:
         saved_at = time.monotonic()
         try:
             todo = [t for t in tasks if t.client not in finished and t.client not in simulation.missing]
-            for outcome in self._executor.train(todo, before.state, lr):
+            for outcome in self._outcomes(todo, before.state, lr):
                 clients.append(self._take(merge, outcome))
                 self._clients_done += 1
                 del outcome  # else it stays in memory while the next client trains
@@ -80,10 +80,9 @@ class RoundLoop:
             state = self._merged(merge, before.state)
             training_seconds = time.perf_counter() - started
             evaluation = self._evaluate(number, state)
-        except (Interrupted, Unfinished) as stopped:
+        except (Interrupted, Unfinished):
             self._save_part(before, merge, clients)
-            if isinstance(stopped, Interrupted):
-                self._engine.leave()
+            self._engine.leave()
             raise
         finally:
             self._display.stop()
@@ -99,6 +98,18 @@ class RoundLoop:
         self._save(after)
         self._executor.end_round()
         return after
+
+    def _outcomes(self, tasks: Sequence[ClientTask], state: State, lr: float) -> Iterator[Outcome]:
+        """The executor's; ranks with clients of their own stop or go on together once they have trained."""
+        signum = 0
+        try:
+            yield from self._executor.train(tasks, state, lr)
+        except Interrupted as stop:
+            if not self._executor.splits:
+                raise
+            signum = stop.signum
+        if self._executor.splits and (signum := self._engine.meet(signum, lambda: self._stop.received)):
+            raise Interrupted(signum)
 
     def _take(self, merge: Aggregator, outcome: Outcome) -> dict[str, Any]:
         """Add an update to the sums of the rank that has it; the client's record."""
@@ -123,7 +134,6 @@ class RoundLoop:
         """Where ranks trained clients of their own: rank 0 gets all sums, every rank all records."""
         if not self._executor.splits:
             return clients
-        self._engine.meet(lambda: self._stop.check(self._engine.alone()))
         merge.sums = self._engine.sum_to_main(merge.sums)
         return sorted(self._engine.gather(clients), key=lambda record: record["client"])
 

@@ -64,6 +64,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     if run.dry_run:
         return _preview(display, federation, progress)
     folder.write_config(lambda path: save_config(path, run, model_file, federation.base))
+    folder.drop_rounds_of_jobs(before=progress.round + 1 if run.executor == "jobs" else None)
     engine.start_trackers(to_dict(run))
     gc.collect()
     gc.freeze()  # what lives as long as the run need not be searched each time an engine is torn down
@@ -228,7 +229,7 @@ def _how_it_trains(federation: Federation) -> str:
 
 
 def _preview(display: Display, federation: Federation, progress: Progress) -> None:
-    """What the next round would launch; nothing is launched or written."""
+    """What the next round would launch, without launching it; base and features are made as for a run."""
     run, number = federation.run, progress.round + 1
     trainer = trainer_of(federation, lambda engine: None, lambda *_: None)
     tasks = sample_cohort(run, number, federation.clients, federation.client_levels)

@@ -39,6 +39,11 @@ class StopSignal:
         if number != signal.SIGUSR1:
             self._engine.watchdog.signalled(number)
 
+    @property
+    def received(self) -> int:
+        """The signal that this process got, or 0."""
+        return self._received or 0
+
     def check(self, engine: Engine | Alone | None = None) -> None:
         """Raise Interrupted on every rank if any rank got a signal.
 

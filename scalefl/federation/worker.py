@@ -25,7 +25,7 @@ from scalefl.data.images import decode_all
 from scalefl.engine.launch import Engine
 from scalefl.features import FeatureFiles, image_features
 from scalefl.federation import exchange
-from scalefl.federation.attempts import Bench, is_memory_text
+from scalefl.federation.attempts import Bench
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.exchange import BadFileError, Note
 from scalefl.federation.jobs import FEATURES
@@ -83,6 +83,8 @@ def _train(
     level, times = tasks[0].content["level"], {"begun": begun, "ready": time.time()}
     with Bench(trainer, store, level, tasks[0].tensors()) as bench:
         for note, ids in zip(tasks, places, strict=True):
+            if out is None and _is_answered(note):  # by an earlier start of this job, which was requeued
+                continue
             task = ClientTask(
                 client=note.content["client"], level=level, round=note.content["round"], example_ids=ids
             )
@@ -91,6 +93,14 @@ def _train(
             if trainer.engine.is_main:
                 times["trained"] = time.time()
                 _answer(note, outcome, Path(out) if out is not None else None, times)
+
+
+def _is_answered(note: Note) -> bool:
+    try:
+        exchange.read_note(exchange.answer_path(note.path, "update"), "update", answers=note.digest).tensors()
+    except (BadFileError, OSError):
+        return False
+    return True
 
 
 def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, float]) -> None:
@@ -110,8 +120,7 @@ def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, 
     else:
         cause = outcome.failures[-1]
         path = exchange.answer_path(note.path, "failure")
-        content = {"cause": cause, "lacks_memory": is_memory_text(cause)}
-        exchange.write_note(path, "failure", {**answered, **content})
+        exchange.write_note(path, "failure", {**answered, "cause": cause})
 
 
 def _read_task(path: Path) -> Note:
