@@ -141,7 +141,7 @@ def in_jobs(arguments: Any) -> int:
             local_steps=arguments.local_steps,
             num_rounds=1,
             executor="jobs",
-            job_launcher="executors:Timed",
+            job_launcher=f"{__name__}:Timed",
             max_jobs=1,
             clients_per_job=1,
             client_split_ratios=(0.25,) * 4,
