@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,11 @@ class Job:
     def output(self) -> str:
         return self._output.read_text()
 
+    @property
+    def last_lines(self) -> str:
+        """What a failing test shows: enough to find the cause, short enough to be read."""
+        return "\n".join(self.output.splitlines()[-40:])
+
     def running(self) -> list[int]:
         """Processes with the folder on their command line: a launcher's workers have their own session."""
         found = []
@@ -211,9 +216,12 @@ class Job:
 
     def wait_for(self, text: str, seconds: float = 60.0) -> None:
         """Until the output holds this text."""
+        self.wait_until(lambda: text in self.output, seconds)
+
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
-        while text not in self.output:
-            assert self.process.poll() is None and time.monotonic() < end, self.output
+        while not happened():
+            assert self.process.poll() is None and time.monotonic() < end, self.last_lines
             time.sleep(0.02)
 
     def end(self, seconds: float = 120.0) -> int:

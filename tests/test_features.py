@@ -537,7 +537,7 @@ def test_two_processes_find_what_one_does(tmp_path: Path, cache: str) -> None:
     one = start(tmp_path, **options)
     (tmp_path / "two").mkdir()
     with launch(tmp_path / "two", **options) as job:
-        assert job.end() == 0, job.output
+        assert job.end() == 0, job.last_lines
     two = tmp_path / "two" / "run"
     assert largest_difference(state(one, 1), state(two, 1)) <= ROUNDING
     found: Iterable[tuple[Path, Path]] = zip(files(one / "features"), files(two / "features"), strict=True)

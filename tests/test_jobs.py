@@ -302,7 +302,7 @@ def test_a_signal_ends_jobs_and_leaves_a_checkpoint(tmp_path, processes):
         while not client_processes(tmp_path) and time.monotonic() < end:
             time.sleep(0.05)
         os.kill(job.process.pid, signal.SIGTERM)
-        assert job.end(seconds=30) == 143, job.output
+        assert job.end(seconds=30) == 143, job.last_lines
     assert client_processes(tmp_path) == []
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-0001-part"]
 
@@ -339,7 +339,7 @@ def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options):
         tasks = [folder / f"client-000{client}.a1.task.json" for client in (0, 1)]
         end = time.monotonic() + 90
         while not all(task.is_file() for task in tasks):
-            assert time.monotonic() < end and job.process.poll() is None, job.output
+            assert time.monotonic() < end and job.process.poll() is None, job.last_lines
             time.sleep(0.1)
         site = tmp_path / "site"
         shutil.copytree(folder, site / "jobs" / "round-0001")
@@ -363,7 +363,7 @@ def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options):
             update = exchange.answer_path(task, "update")
             shutil.copy(answer.with_suffix(".safetensors"), folder)
             shutil.copy(answer, update)
-        assert job.end() == 0, job.output
+        assert job.end() == 0, job.last_lines
     (record,) = records(tmp_path / "run")
     assert [client["examples"] for client in record["clients"]] == [6, 6]
 

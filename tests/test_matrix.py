@@ -78,7 +78,7 @@ KEY = "scalefl_matrix"
 def test_every_cell(tmp_path, request, launch):
     request.config.cache.set(f"{KEY}/{launch}", None)  # a launch that fails has found nothing
     with launched(tmp_path, launch, [str(ROOT / "tests" / "matrix.py"), str(tmp_path), launch]) as job:
-        assert job.end(seconds=900) == 0, job.output
+        assert job.end(seconds=900) == 0, job.last_lines
     found = FOUND[launch] = json.loads((tmp_path / "found.json").read_text())
     request.config.cache.set(f"{KEY}/{launch}", found)
     is_zero_3 = launch.startswith("zero3")

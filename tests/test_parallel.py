@@ -88,7 +88,7 @@ def test_ranks_with_clients_of_their_own(tmp_path, sequential, processes, tuning
     options = {"tuning": tuning, "dropout_rate": dropout_rate}
     command = ["-m", "scalefl", *arguments(tmp_path, executor="parallel", **OPTIONS, **options)]
     with launched(tmp_path, "ddp", command, processes=processes) as job:
-        assert job.end() == 0, job.output
+        assert job.end() == 0, job.last_lines
         assert job.running() == []
     expected = sequential(**options)
     assert largest_difference(state(tmp_path / "run", 2), state(expected, 2)) <= ROUNDING
@@ -106,7 +106,7 @@ def test_ranks_in_bf16_with_dropout_in_the_adapters(tmp_path, together):
     folder = tmp_path / "two"
     folder.mkdir()
     with launched(folder, "ddp", ["-m", "scalefl", *arguments(folder, **options, **together)]) as job:
-        assert job.end() == 0, job.output
+        assert job.end() == 0, job.last_lines
     change = largest_difference(state(one, 2), federation(tmp_path, tuning="lora").initial_state)
     bound = ROUNDING if together["executor"] == "parallel" else 0.02 * change
     assert largest_difference(state(one, 2), state(folder / "run", 2)) <= bound
@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on_with_other_processes(tmp_path, sequential, proces
     else:
         command = ["-m", "scalefl", "train", "--resume", str(tmp_path / "run")]
         with launched(tmp_path, "ddp", command, processes=processes) as job:
-            assert job.end() == 0, job.output
+            assert job.end() == 0, job.last_lines
     assert largest_difference(state(tmp_path / "run", 2), state(sequential(**options), 2)) <= ROUNDING
     same_work(tmp_path / "run", sequential(**options))
     assert not list(checkpoints.glob("rank-*")) + list(checkpoints.glob("*part"))
@@ -184,7 +184,7 @@ def test_a_client_that_fails_is_tried_again(tmp_path, sequential, executor, time
     options = {"tuning": "full", "dropout_rate": 0.0}
     command = ["-m", "scalefl", *arguments(tmp_path, executor=executor, **OPTIONS, **options)]
     with launched(tmp_path, "ddp", command, **faulty(tmp_path, "raise", times=times)) as job:
-        assert job.end() == 0, job.output
+        assert job.end() == 0, job.last_lines
     assert largest_difference(state(tmp_path / "run", 2), state(sequential(**options), 2)) <= ROUNDING
     failures = {c["client"]: c["failures"] for c in records(tmp_path / "run")[0]["clients"]}
     assert failures == {0: [], 1: ["RuntimeError: a fault"], 2: [], 3: [], 4: []}

@@ -23,7 +23,7 @@ from scalefl.models.quantised import NESTED_BLOCK, QuantisedLinear, QuantisedWei
 
 EPS = 2.0**-24
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDING = {torch.float32: EPS, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+ROUNDING = {torch.float32: EPS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half a unit in the last place; fp16's subnormals are far below every product here."""
 
 KINDS = {
@@ -387,7 +387,10 @@ def plain_layers(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_the_compute_dtype_is_what_quantised_layers_compute_in(tmp_path, quantization):
-    """In an fp32 run: as a plain loop on layers of that type, but for the order of sums, and unlike fp32."""
+    """In an fp32 run: as a plain loop on layers of that type, and unlike fp32.
+
+    Two kernels sum in other orders, and what they sum may round to neighbours in bf16.
+    """
     options = {"tuning": "lora", "quantization": quantization}
     client = OneClient(tmp_path, WIDE, **options, quant_compute_dtype="bf16")
     task, sent = client.task(), client.fed.store.models.level_state(LEVEL, client.state)
@@ -398,8 +401,9 @@ def test_the_compute_dtype_is_what_quantised_layers_compute_in(tmp_path, quantiz
     auto = OneClient(tmp_path, WIDE, **options)
     in_bf16, in_fp32 = client.train(task), auto.train(task)
     largest = max(float(tensor.abs().max()) for tensor in expected.values())
-    assert largest_difference(in_bf16, expected) <= 1e-5 * largest
-    assert largest_difference(in_bf16, in_fp32) > 2**-9 * largest
+    from_fp32 = largest_difference(in_bf16, in_fp32)
+    assert from_fp32 > 2**-9 * largest
+    assert largest_difference(in_bf16, expected) <= from_fp32 / 8
 
 
 def test_what_stays_unquantised(tmp_path):

@@ -56,7 +56,7 @@ def test_two_processes_equal_one(tmp_path, engine, options):
     one = start(tmp_path, **OPTIONS, **options)
     (tmp_path / "two").mkdir()
     with launch(tmp_path / "two", engine, **OPTIONS, **options) as job:
-        assert job.end() == 0, job.output
+        assert job.end() == 0, job.last_lines
     two = tmp_path / "two" / "run"
     assert "2 process(es) on cpu" in job.output
     assert job.output.count("round 1/2") == 1, "only rank 0 speaks"
@@ -108,7 +108,9 @@ def test_sigterm_leaves_a_checkpoint_and_no_process(tmp_path):
         os.kill(job.process.pid, signal.SIGTERM)
         assert job.end(seconds=20) != 0
         assert job.running() == []
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-0001-part"], job.output
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-0001-part"], (
+        job.last_lines
+    )
     assert load_latest(tmp_path / "run" / "checkpoints").partial is not None
 
 
@@ -127,7 +129,7 @@ def test_no_process_ends_before_the_checkpoint_is_whole(tmp_path):
         checkpoint = tmp_path / "run" / "checkpoints" / "round-0001-part"
         end = time.monotonic() + 30
         while not checkpoint.exists():
-            assert time.monotonic() < end, job.output
+            assert time.monotonic() < end, job.last_lines
             seen = job.running()
             time.sleep(0.02)
         assert seen == processes
