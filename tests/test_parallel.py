@@ -170,8 +170,9 @@ def test_ranks_end_without_their_launcher(tmp_path):
 
 
 def faulty(folder, kind, **more):
-    """Variables of processes in which the training of client 1 is hit, once over all of them."""
-    fault = {"client": 1, "kind": kind, "marks": str(folder / "marks"), **more}
+    """Variables of processes in which the training of client 1 is hit, or as `more` says, once over all."""
+    where = {} if "rank" in more else {"client": 1}
+    fault = {**where, "kind": kind, "marks": str(folder / "marks"), **more}
     path = os.pathsep.join(map(str, (ROOT / "tests" / "faults", ROOT, ROOT / "tests")))
     return {"PYTHONPATH": path, "SCALEFL_FAULT": json.dumps(fault)}
 
@@ -192,25 +193,32 @@ def test_a_client_that_fails_is_tried_again(tmp_path, sequential, executor, time
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "options", "cause"),
+    ("kind", "fault", "options", "cause"),
     [
         (
             "sleep",
+            {},
             {"executor": "parallel", "client_timeout": 5.0},
             "for longer than --client_timeout 5",
         ),
-        ("raise", {"executor": "sequential"}, "RuntimeError: a fault"),
+        ("raise", {}, {"executor": "sequential"}, "RuntimeError: a fault"),
+        (
+            "freeze",
+            {"rank": 1, "silence": 3.0},
+            {"executor": "parallel"},
+            "rank 1 has not been heard of for 3 s",
+        ),
     ],
-    ids=["one hangs, apart", "one of two fails, together"],
+    ids=["one hangs, apart", "one of two fails, together", "one is lost"],
 )
-def test_what_ranks_cannot_mend_ends_the_run_resumably(tmp_path, sequential, kind, options, cause):
+def test_what_ranks_cannot_mend_ends_the_run_resumably(tmp_path, sequential, kind, fault, options, cause):
     """In one line. Of two that train a client together, the other waits in a collective for the one that
     failed.
     """
     tuning = {"tuning": "full", "dropout_rate": 0.0}
     more = {**OPTIONS, **tuning, **options, "save_every_seconds": 0.0}
     command = ["-m", "scalefl", *arguments(tmp_path, **more)]
-    with launched(tmp_path, "ddp", command, **faulty(tmp_path, kind)) as job:
+    with launched(tmp_path, "ddp", command, **faulty(tmp_path, kind, **fault)) as job:
         assert job.end() != 0
         assert job.running() == []
     (line,) = [text for text in job.output.splitlines() if text.startswith("scalefl:")]

@@ -28,7 +28,7 @@ class Board:
         """Rank 0 opens it, at a free port; the others then name that one."""
         self._rank, self.num_ranks = rank, num_ranks
         self._store = _connect(port, opens=rank == 0 and port == 0)
-        self._meetings = 0
+        self._meetings = self._beats = 0
 
     @property
     def port(self) -> int:
@@ -53,6 +53,17 @@ class Board:
     def given_up(self) -> str | None:
         """Why some rank cannot go on."""
         return self._read("given up")
+
+    def beat(self) -> None:
+        """Say that this rank lives."""
+        self._beats += 1
+        self._write(f"beat {self._rank}", self._beats)
+
+    def beats(self) -> dict[int, int]:
+        """How often each rank said that it lives; of those that did, and have not left."""
+        ranks = range(self.num_ranks)
+        found = {rank: self._read(f"beat {rank}") for rank in ranks if not self._has([f"leaves {rank}"])}
+        return {rank: count for rank, count in found.items() if count is not None}
 
     def meet(self, word: Any, poll: Callable[[], None], patience: float | None = None) -> list[Any]:
         """Every rank's word (JSON), in rank order, once all have said theirs; all ranks meet equally often.

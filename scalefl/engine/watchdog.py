@@ -30,6 +30,11 @@ GRACE_SECONDS = 20.0
 """
 
 
+SILENCE_SECONDS = 120.0
+"""After which rank 0 takes another rank for lost, with its machine or the way to it. Launchers see what ends
+on their own machine at once.
+"""
+
 PARENT = "SCALEFL_STARTED_BY"
 """Variable that names the process without which this one has nothing to do."""
 
@@ -43,6 +48,7 @@ class Watchdog:
         self._client: tuple[str, float] | None = None
         self._cause, self._signum = "", 0
         self._leave_at: float | None = None
+        self._heard: dict[int, tuple[int, float]] = {}
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._started_by, self._launcher = os.environ.get(PARENT), os.getppid()
@@ -80,6 +86,7 @@ class Watchdog:
             self._look_at_parents()
             if self._board is not None:
                 self._look_at_board(self._board)
+                self._look_at_ranks(self._board)
             if self._leave_at is not None and time.monotonic() >= self._leave_at:
                 self._leave()
 
@@ -107,6 +114,21 @@ class Watchdog:
                 self._prepare_to_leave(cause)
         except Unfinished as gone:
             self._prepare_to_leave(str(gone))
+
+    def _look_at_ranks(self, board: Board) -> None:
+        """Every rank says that it lives; rank 0 listens, on its own clock."""
+        with contextlib.suppress(Unfinished):  # rank 0 is gone, which was seen already
+            board.beat()
+            if self._rank == 0:
+                for rank, beats in board.beats().items():
+                    self._listen(board, rank, beats)
+
+    def _listen(self, board: Board, rank: int, beats: int) -> None:
+        before, since = self._heard.get(rank, (None, 0.0))
+        if beats != before:
+            self._heard[rank] = (beats, time.monotonic())
+        elif time.monotonic() - since > SILENCE_SECONDS:
+            board.give_up(f"rank {rank} has not been heard of for {SILENCE_SECONDS:.0f} s")
 
     def _leave(self) -> None:
         """End the process past whatever its main thread hangs in."""

@@ -1,8 +1,9 @@
 """Faults in the processes of a run, for tests that put this folder on PYTHONPATH.
 
-`SCALEFL_FAULT`, a JSON object, says which: `client` and `round`, whose training is hit; `kind`, what happens;
-`times`, how many attempts are hit, counted over all processes in files of the folder `marks`; `unseen`, that
-the client's own check is passed. Of kind `slow save` no client is hit: a checkpoint takes `seconds`.
+`SCALEFL_FAULT`, a JSON object, says which: `client` (or the first one of `rank`) and `round`, whose training
+is hit; `kind`, what happens; `times`, how many attempts are hit, counted over all processes in files of the
+folder `marks`; `unseen`, that the client's own check is passed; `silence`, after how many seconds a rank that
+says nothing is lost. Of kind `slow save` no client is hit: a checkpoint takes `seconds`.
 """
 
 import json
@@ -31,6 +32,7 @@ def _install(fault: dict) -> None:
     import torch
 
     from scalefl import checkpoint
+    from scalefl.engine import watchdog
     from scalefl.federation import exchange
     from scalefl.federation.client import ClientTrainer
 
@@ -39,10 +41,14 @@ def _install(fault: dict) -> None:
         checkpoint.save = lambda *args: time.sleep(fault["seconds"]) or save(*args)
         return
 
+    watchdog.SILENCE_SECONDS = fault.get("silence", watchdog.SILENCE_SECONDS)
     train, write_note = ClientTrainer.train, exchange.write_note
 
+    rank = int(os.environ.get("RANK", "0"))
+
     def faulty(self, session, task, sent, lr):
-        chosen = task.client == fault["client"] and task.round == fault.get("round", 1)
+        where = (fault.get("client", task.client), fault.get("rank", rank), fault.get("round", 1))
+        chosen = where == (task.client, rank, task.round)
         if not chosen or not _hit(fault):
             return train(self, session, task, sent, lr)
         kind = fault["kind"]
