@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Partial:
 
     sums: dict[str, State]
     clients: list[dict[str, Any]]
+    failures: dict[str, list[str]] = field(default_factory=dict)
+    """By client (its number as text, for JSON): why attempts failed that are to be made once more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,10 @@ def save(folder: Path, progress: Progress, keep_last: int, write_config: Callabl
             "best": progress.best,
             "metrics_bytes": progress.metrics_bytes,
             "clients": None,
+            "failures": {},
         }
         if progress.partial is not None:
-            record["clients"] = progress.partial.clients
+            record["clients"], record["failures"] = progress.partial.clients, progress.partial.failures
             _save_sums(progress.partial.sums, temporary)
         write_config(temporary)
         (temporary / RECORD).write_text(json.dumps(record, indent=1))
@@ -113,7 +116,7 @@ def with_rank_parts(folder: Path, progress: Progress) -> Progress:
                 of_kind = sums.setdefault(kind, {})
                 for name, tensor in part.items():
                     of_kind[name] = of_kind[name] + tensor if name in of_kind else tensor
-            partial = Partial(sums=sums, clients=[*partial.clients, *clients])
+            partial = dataclasses.replace(partial, sums=sums, clients=[*partial.clients, *clients])
             progress = dataclasses.replace(progress, partial=partial)
     return progress
 
@@ -176,7 +179,7 @@ def load(path: Path) -> Progress:
         state = _load_tensors(path / WEIGHTS)
         partial = None
         if record["clients"] is not None:
-            partial = Partial(sums=_load_sums(path), clients=record["clients"])
+            partial = Partial(sums=_load_sums(path), clients=record["clients"], failures=record["failures"])
         return Progress(
             state=state,
             partial=partial,

@@ -213,6 +213,9 @@ def test_too_few_clients_stop_the_run_which_goes_on_from_there(tmp_path, process
     assert client_processes(tmp_path) == []
     assert resume(tmp_path / "run") == 0
     assert largest_difference(state(tmp_path / "run", 1), state(expected, 1)) <= ROUNDING
+    (record,) = records(tmp_path / "run")
+    failures = [client["failures"] for client in sorted(record["clients"], key=lambda c: c["client"])]
+    assert failures == [[], ["RuntimeError: a fault"], [], []]
     assert_nothing_is_left(tmp_path / "run")
 
 
@@ -290,6 +293,8 @@ def test_the_main_process_killed_at_random_moments(tmp_path, processes):
     assert killed >= 3
     assert resume(tmp_path / "run") == 0
     assert same_bits(state(tmp_path / "run", 8), state(one, 8))
+    clients = [client for record in records(tmp_path / "run") for client in record["clients"]]
+    assert all(client["failures"] == [] for client in clients), "no fault of theirs"
     assert_nothing_is_left(tmp_path / "run")
 
 

@@ -73,20 +73,23 @@ def test_one_process_alone_gives_the_same_bits(tmp_path, sequential, tuning, dro
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "tuning", "dropout_rate"),
+    ("executor", "processes", "tuning", "dropout_rate"),
     [
-        (2, "full", 0.0),
-        (2, "lora", 0.0),
-        (2, "full", 0.4),
-        (2, "lora", 0.4),
-        (3, "lora", 0.0),
-        (7, "full", 0.4),
+        ("parallel", 2, "full", 0.0),
+        ("parallel", 2, "lora", 0.0),
+        ("parallel", 2, "full", 0.4),
+        ("parallel", 2, "lora", 0.4),
+        ("parallel", 3, "full", 0.4),
+        ("parallel", 3, "lora", 0.0),
+        ("parallel", 7, "full", 0.4),
+        ("sequential", 2, "full", 0.4),
+        ("sequential", 2, "lora", 0.0),
     ],
 )
-def test_ranks_with_clients_of_their_own(tmp_path, sequential, processes, tuning, dropout_rate):
-    """Seven processes: more than clients, so that some never train."""
+def test_several_processes(tmp_path, sequential, executor, processes, tuning, dropout_rate):
+    """Ranks apart or together. Seven are more than clients, so that some never train."""
     options = {"tuning": tuning, "dropout_rate": dropout_rate}
-    command = ["-m", "scalefl", *arguments(tmp_path, executor="parallel", **OPTIONS, **options)]
+    command = ["-m", "scalefl", *arguments(tmp_path, executor=executor, **OPTIONS, **options)]
     with launched(tmp_path, "ddp", command, processes=processes) as job:
         assert job.end() == 0, job.last_lines
         assert job.running() == []

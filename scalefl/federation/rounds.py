@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,34 +47,20 @@ class RoundLoop:
         trainer = trainer_of(federation, stop.check, self._on_step)
         self._executor: Executor = resolve("executor", self._run.executor)(trainer, federation)
         self._clients_done = 0
+        self._failed_before: dict[str, list[str]] = {}
 
     def round(self, before: Progress) -> Progress:
         """One round: from the progress before it to the progress after it, checkpointed.
 
         Raises Interrupted when a stop is asked for, after writing a checkpoint to go on from.
         """
-        number, started, store = before.round + 1, time.perf_counter(), self._fed.store
-        tasks = sample_cohort(self._run, number, self._fed.clients, self._fed.client_levels)
-        simulation = simulate(self._run, tasks, self._costs)
+        number, started = before.round + 1, time.perf_counter()
+        tasks, todo, simulation = next_tasks(self._fed, before, self._costs)
         lr = learning_rate(self._run, number)
-        plans = {level: part.trainable_plan for level, part in store.models.slices.items()}
-        merge: Aggregator = self._aggregation(before.state, plans, self._run.weighting)
-        clients: list[dict[str, Any]] = []
-        finished = set() if before.partial is None else {c["client"] for c in before.partial.clients}
-        if before.partial is not None and (self._engine.is_main or not self._executor.splits):
-            merge.sums, clients = before.partial.sums, list(before.partial.clients)
-        self._clients_done = len(finished)
+        merge, clients = self._begin(before)
         self._display.round_starts(number, self._run.num_rounds, len(tasks))
-        saved_at = time.monotonic()
         try:
-            todo = [t for t in tasks if t.client not in finished and t.client not in simulation.missing]
-            for outcome in self._outcomes(todo, before.state, lr):
-                clients.append(self._take(merge, outcome))
-                self._clients_done += 1
-                del outcome  # else it stays in memory while the next client trains
-                if time.monotonic() - saved_at > self._run.save_every_seconds:
-                    self._save_part(before, merge, clients)
-                    saved_at = time.monotonic()
+            self._train(before, todo, lr, merge, clients)
             clients = self._gather(merge, clients)
             self._check_delivered(number, clients)
             state = self._merged(merge, before.state)
@@ -99,6 +85,33 @@ class RoundLoop:
         self._executor.end_round()
         return after
 
+    def _begin(self, before: Progress) -> tuple[Aggregator, list[dict[str, Any]]]:
+        """The merge, with what a checkpoint in mid-round has of it, and the records of its clients."""
+        plans = {level: part.trainable_plan for level, part in self._fed.store.models.slices.items()}
+        merge: Aggregator = self._aggregation(before.state, plans, self._run.weighting)
+        so_far = before.partial or Partial(sums={}, clients=[])
+        merge.sums, self._failed_before = so_far.sums, dict(so_far.failures)
+        self._clients_done = len(so_far.clients)
+        return merge, list(so_far.clients) if self._engine.is_main or not self._executor.splits else []
+
+    def _train(
+        self,
+        before: Progress,
+        tasks: Sequence[ClientTask],
+        lr: float,
+        merge: Aggregator,
+        clients: list[dict[str, Any]],
+    ) -> None:
+        """Take in every outcome as it comes, with a checkpoint every `--save_every_seconds`."""
+        saved_at = time.monotonic()
+        for outcome in self._outcomes(tasks, before.state, lr):
+            clients.append(self._take(merge, outcome))
+            self._clients_done += 1
+            del outcome  # else it stays in memory while the next client trains
+            if time.monotonic() - saved_at > self._run.save_every_seconds:
+                self._save_part(before, merge, clients)
+                saved_at = time.monotonic()
+
     def _outcomes(self, tasks: Sequence[ClientTask], state: State, lr: float) -> Iterator[Outcome]:
         """The executor's; ranks with clients of their own stop or go on together once they have trained."""
         signum = 0
@@ -118,7 +131,7 @@ class RoundLoop:
             "level": outcome.level,
             "examples": outcome.num_examples,
             "delivered": isinstance(outcome, ClientUpdate),
-            "failures": list(outcome.failures),
+            "failures": [*self._failed_before.get(str(outcome.client), []), *outcome.failures],
         }
         if self._executor.splits:
             record["rank"] = self._engine.rank
@@ -138,10 +151,11 @@ class RoundLoop:
         return sorted(self._engine.gather(clients), key=lambda record: record["client"])
 
     def _check_delivered(self, number: int, clients: list[dict[str, Any]]) -> None:
-        """Raise Unfinished where too few delivered; those that failed are forgotten, to be tried again."""
+        """Raise Unfinished where too few delivered; those that failed are to be tried once more."""
         delivered = [record for record in clients if record["delivered"]]
         if len(delivered) < self._run.min_clients:
             failures = [text for record in clients for text in record["failures"]]
+            self._failed_before |= {str(c["client"]): c["failures"] for c in clients if not c["delivered"]}
             clients[:] = delivered
             raise Unfinished(
                 f"round {number}: {len(delivered)} client(s) delivered, --min_clients is "
@@ -172,11 +186,7 @@ class RoundLoop:
 
     @functools.cached_property
     def _costs(self) -> dict[int, LevelCost]:
-        """By level; counted where the virtual clock asks for them."""
-        if not self._run.client_flops:
-            return {}
-        models, example = self._fed.store.models, self._fed.example_row
-        return {level: level_cost(models, level, example) for level in models.levels}
+        return clock_costs(self._fed)
 
     def _record(
         self,
@@ -223,7 +233,7 @@ class RoundLoop:
 
     def _save_part(self, before: Progress, merge: Aggregator, clients: list[dict[str, Any]]) -> None:
         """The middle of a round: rank 0's part of it, or of ranks with clients of their own each one's."""
-        partial = Partial(sums=merge.sums, clients=clients)
+        partial = Partial(sums=merge.sums, clients=clients, failures=self._failed_before)
         if self._engine.is_main:
             self._save(dataclasses.replace(before, partial=partial))
         elif self._executor.splits and merge.sums:
@@ -250,6 +260,26 @@ def trainer_of(
         check_stop=check_stop,
         on_step=on_step,
     )
+
+
+def clock_costs(federation: Federation) -> dict[int, LevelCost]:
+    """By level; counted where the virtual clock asks for them."""
+    if not federation.run.client_flops:
+        return {}
+    models, example = federation.store.models, federation.example_row
+    return {level: level_cost(models, level, example) for level in models.levels}
+
+
+def next_tasks(
+    federation: Federation, before: Progress, costs: Mapping[int, LevelCost]
+) -> tuple[list[ClientTask], list[ClientTask], Simulation]:
+    """The cohort of the round after `before`; those of it that are to train yet; what the clock says."""
+    run = federation.run
+    tasks = sample_cohort(run, before.round + 1, federation.clients, federation.client_levels)
+    simulation = simulate(run, tasks, costs)
+    finished = {record["client"] for record in before.partial.clients} if before.partial else set()
+    todo = [t for t in tasks if t.client not in finished and t.client not in simulation.missing]
+    return tasks, todo, simulation
 
 
 def evaluate_levels(federation: Federation, split: str, state: State, check_stop: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scalefl.data.partition import describe
 from scalefl.engine.launch import Engine
 from scalefl.federation.jobs import Jobs
 from scalefl.federation.records import RunFolder
-from scalefl.federation.rounds import RoundLoop, evaluate_levels, sample_cohort, trainer_of
+from scalefl.federation.rounds import RoundLoop, clock_costs, evaluate_levels, next_tasks, trainer_of
 from scalefl.federation.setup import Federation, build
 from scalefl.federation.start import check_same_parameters
 from scalefl.federation.stop import StopSignal
@@ -54,6 +54,8 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     federation = dataclasses.replace(federation, initial_state={})  # else it outlives the first round
     _settle_rank_parts(federation, folder, progress)
+    if progress.partial is not None and not engine.is_main:
+        progress = dataclasses.replace(progress, partial=dataclasses.replace(progress.partial, sums={}))
     results = folder.read_results()
     if results is not None and results["rounds"] == progress.round >= run.num_rounds:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
@@ -230,10 +232,9 @@ def _how_it_trains(federation: Federation) -> str:
 
 def _preview(display: Display, federation: Federation, progress: Progress) -> None:
     """What the next round would launch, without launching it; base and features are made as for a run."""
-    run, number = federation.run, progress.round + 1
     trainer = trainer_of(federation, lambda engine: None, lambda *_: None)
-    tasks = sample_cohort(run, number, federation.clients, federation.client_levels)
-    for line in Jobs(trainer, federation).preview(tasks):
+    _, todo, _ = next_tasks(federation, progress, clock_costs(federation))
+    for line in Jobs(trainer, federation).preview(todo):
         display.line(line)
 
 
