@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import logging
 import os
 import signal
@@ -18,6 +19,12 @@ EXIT_BAD_INPUT = 2
 EXIT_SIGNAL = 128
 """Plus the number of the signal."""
 EXIT_CTRL_C = 130
+
+COMMANDS_OF_THEIR_OWN = {
+    "client": "scalefl.federation.worker:work",
+    "convert": "scalefl.conversion.command:convert",
+}
+"""Command without a run -> the function that takes its options. Imported late: torch takes seconds."""
 
 NEXT_STEPS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give another --save_path."),
@@ -37,11 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
-        if command.client is not None:
-            from scalefl.federation.worker import work
-
-            next_step = "its job ends"
-            work(command.client)
+        if command.name in COMMANDS_OF_THEIR_OWN:
+            module, _, function = COMMANDS_OF_THEIR_OWN[command.name].partition(":")
+            next_step = "its job ends" if command.name == "client" else "start again"
+            getattr(importlib.import_module(module), function)(command.own)
             return 0
         run, model_file = resolve(command.flags, *command.config_files, command=command.name)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.

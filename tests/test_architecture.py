@@ -18,7 +18,7 @@ TIERS = (
     ("batches",),
     ("engine",),
     ("evaluate", "features", "checkpoint", "report", "console"),
-    ("planning",),
+    ("planning", "conversion"),
     ("federation",),
     ("cli",),
     ("__main__",),

@@ -487,7 +487,10 @@ def test_a_note_names_a_file_beside_it(tmp_path):
             ["--task", "a.json", "b.json", "--out", "c.json"],
             "--out: got c.json for 2 task(s); expected a",
         ),
-        (["--tusk", "a.json"], "--tusk: no option of `scalefl client`; see `scalefl client --help`."),
+        (
+            ["--tusk", "a.json"],
+            "--tusk: no option of `scalefl client`; did you mean --task? see `scalefl client --help`.",
+        ),
     ],
 )
 def test_what_is_no_task_is_refused(tmp_path, monkeypatch, capsys, typed, line):

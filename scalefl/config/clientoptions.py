@@ -1,15 +1,13 @@
 """Options of `scalefl client` alone: all else is in its tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_type_hints
 
-from scalefl.config.values import coerce
-from scalefl.contracts import InputError
+from scalefl.config.own import OwnOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientOptions:
+class ClientOptions(OwnOptions):
     """Which tasks to train, and what this machine has of its own."""
 
     task: tuple[str, ...] = ()
@@ -25,26 +23,10 @@ class ClientOptions:
     use_gpu: bool | None = None
     """Run on a GPU, or not. Unset: as the run says."""
 
-
-CLIENT_KINDS: Mapping[str, Any] = get_type_hints(ClientOptions)
-"""Option -> its type."""
-
-
-def read_client_options(raw: Mapping[str, Any]) -> ClientOptions:
-    """The options as typed. Raises InputError with one line per problem."""
-    values, problems = {}, []
-    for name, value in raw.items():
-        try:
-            values[name] = coerce(value, CLIENT_KINDS[name], f"--{name}")
-        except InputError as error:
-            problems.append(str(error))
-    options = ClientOptions(**values)
-    if not options.task and not problems:
-        problems.append("--task: nothing given; expected the task files of a run with --executor jobs.")
-    if options.out is not None and (len(options.task) != 1 or not options.out.endswith(".json")):
-        problems.append(
-            f"--out: got {options.out} for {len(options.task)} task(s); expected a file .json, and one task."
-        )
-    if problems:
-        raise InputError("\n".join(problems))
-    return options
+    def problems(self) -> Iterator[str]:
+        if not self.task:
+            yield "--task: nothing given; expected the task files of a run with --executor jobs."
+        if self.out is not None and (len(self.task) != 1 or not self.out.endswith(".json")):
+            yield (
+                f"--out: got {self.out} for {len(self.task)} task(s); expected a file .json, and one task."
+            )

@@ -8,13 +8,33 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from scalefl import __version__
-from scalefl.config import clientoptions, options, planoptions
-from scalefl.config.clientoptions import CLIENT_KINDS, ClientOptions, read_client_options
+from scalefl.config.clientoptions import ClientOptions
+from scalefl.config.convertoptions import ConvertOptions
 from scalefl.config.options import GROUPS
-from scalefl.config.planoptions import PLAN_KINDS, PlanOptions, read_plan_options
+from scalefl.config.own import OwnOptions
+from scalefl.config.planoptions import PlanOptions
 from scalefl.config.resolve import RESUME_SAVE_PATH
-from scalefl.config.values import OPTION_KINDS
+from scalefl.config.values import OPTION_KINDS, nearest
 from scalefl.contracts import InputError
+
+OWN_OPTIONS: Mapping[str, type[OwnOptions]] = {
+    "plan": PlanOptions,
+    "client": ClientOptions,
+    "convert": ConvertOptions,
+}
+"""Command -> the options that it alone takes."""
+
+COMMANDS = {
+    "train": "train, or resume a run",
+    "evaluate": "evaluate a checkpoint again",
+    "plan": "predict each level's cost and memory, assign levels",
+    "client": "train tasks that a run wrote to files",
+    "convert": "turn released weights into a model folder",
+}
+"""Command -> what it does."""
+
+OF_A_RUN = ("train", "evaluate", "plan")
+"""Commands that take a run's options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +42,12 @@ class Command:
     """What was typed, not yet resolved."""
 
     name: str
-    """train, evaluate, plan or client."""
     config_files: tuple[str, ...]
     """The later of two wins."""
     flags: dict[str, Any]
     """Option -> text, list of texts, or a switch's bool; also unknown options, which `resolve` names."""
-    plan: PlanOptions
-    """What only `plan` takes."""
-    client: ClientOptions | None
-    """What `client` takes."""
+    own: OwnOptions | None
+    """What this command alone takes, if anything."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,21 +62,23 @@ def parse(argv: Sequence[str]) -> Command:
     typed, extra = _parser().parse_known_args([_underscored(argument) for argument in argv])
     flags = vars(typed)
     command, config_files = flags.pop("command"), tuple(flags.pop("config", ()))
-    plan = {name: flags.pop(name) for name in PLAN_KINDS if command == "plan" and name in flags}
-    client = {name: flags.pop(name) for name in CLIENT_KINDS if command == "client" and name in flags}
+    kind = OWN_OPTIONS.get(command)
+    own = {name: flags.pop(name) for name in _own_kinds(kind) if name in flags}
     unknown = [argument.lstrip("-").partition("=")[0] for argument in extra if argument.startswith("-")]
     if extra and not unknown:
         raise InputError(
             f"got '{extra[0]}' after the options; expected --name value; see `scalefl {command} --help`."
         )
-    if command == "client" and unknown:
-        raise InputError(f"--{unknown[0]}: no option of `scalefl client`; see `scalefl client --help`.")
+    if command not in OF_A_RUN and unknown:
+        hint = nearest(unknown[0], _own_kinds(kind), spelled="--{}".format)
+        raise InputError(
+            f"--{unknown[0]}: no option of `scalefl {command}`; {hint}see `scalefl {command} --help`."
+        )
     return Command(
         name=command,
         config_files=config_files,
         flags={**flags, **dict.fromkeys(unknown)},
-        plan=read_plan_options(plan),
-        client=read_client_options(client) if command == "client" else None,
+        own=kind.read(own) if kind else None,
     )
 
 
@@ -74,30 +93,33 @@ def _underscored(argument: str) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="scalefl", description="Federated fine-tuning of one model on machines that differ.")
     parser.add_argument("--version", action="version", version=f"scalefl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate|plan|client")
-    settings: dict[str, Any] = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-    train = commands.add_parser("train", help="train, or resume a run", **settings)
-    evaluate = commands.add_parser("evaluate", help="evaluate a checkpoint again", **settings)
-    evaluate.add_argument("evaluate_from", metavar="CHECKPOINT", help="Folder of the checkpoint.")
-    plan = commands.add_parser("plan", help="predict each level's cost and memory, assign levels", **settings)
-    _add_options(plan, (PlanOptions,), PLAN_KINDS)
-    client = commands.add_parser("client", help="train tasks that a run wrote to files", **settings)
-    _add_options(client, (ClientOptions,), CLIENT_KINDS)
-    for command in (train, evaluate, plan):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        if name == "evaluate":
+            command.add_argument("evaluate_from", metavar="CHECKPOINT", help="Folder of the checkpoint.")
+        if name in OWN_OPTIONS:
+            _add_options(command, (OWN_OPTIONS[name],), OWN_OPTIONS[name].kinds())
+        if name not in OF_A_RUN:
+            continue
         command.epilog = "Dashes and underscores are the same. The preset overrides the defaults in brackets."
         # Behind several files, evaluate's own argument would be taken for one more.
-        several: dict[str, Any] = {"nargs": 1 if command is evaluate else "+", "action": "extend"}
-        text = "YAML files of options, of which the later wins; flags override them."
-        command.add_argument("--config", metavar="FILE", help=text, **several)
+        several: dict[str, Any] = {"nargs": 1 if name == "evaluate" else "+", "action": "extend"}
+        files = "YAML files of options, of which the later wins; flags override them."
+        command.add_argument("--config", metavar="FILE", help=files, **several)
         _add_options(command, GROUPS, OPTION_KINDS)
     return parser
+
+
+def _own_kinds(kind: type[OwnOptions] | None) -> Mapping[str, Any]:
+    return kind.kinds() if kind else {}
 
 
 def _add_options(
     parser: argparse.ArgumentParser, groups: Sequence[type[Any]], kinds: Mapping[str, Any]
 ) -> None:
-    helps = _docstrings()
     for group in groups:
+        helps = _docstrings(group)
         title = group.__name__.removesuffix("Options").lower()
         section = parser.add_argument_group(title, group.__doc__)
         for option in fields(group):
@@ -133,16 +155,13 @@ def _default(default: Any) -> str:
     return f" ({shown})"
 
 
-def _docstrings() -> dict[str, str]:
+def _docstrings(group: type[Any]) -> dict[str, str]:
     """Option -> the docstring under its field, which Python itself does not keep."""
     docstrings = {}
-    source = "".join(inspect.getsource(module) for module in (options, planoptions, clientoptions))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef):
-            for before, after in zip(node.body, node.body[1:], strict=False):
-                match before, after:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                        value=ast.Constant(value=str(text))
-                    ):
-                        docstrings[name] = text.replace("%", "%%")
+    (node,) = ast.parse(inspect.getsource(group)).body
+    assert isinstance(node, ast.ClassDef)
+    for before, after in zip(node.body, node.body[1:], strict=False):
+        match before, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docstrings[name] = text.replace("%", "%%")
     return docstrings

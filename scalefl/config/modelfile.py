@@ -96,6 +96,11 @@ class ModelFile:
     train: Mapping[str, Any] = field(default_factory=dict)
     """Option -> default of a run with this model."""
 
+    @property
+    def names_released_weights(self) -> bool:
+        """Whether the model is to be made of released files."""
+        return self.tokenizer.get("kind") != "trained" and self.llama_model is not None
+
 
 MODEL_KINDS = {
     name: kind

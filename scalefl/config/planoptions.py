@@ -1,15 +1,16 @@
 """Options of `scalefl plan` alone, beside those of a run: name, type, default and meaning."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
-from scalefl.config.values import coerce
-from scalefl.contracts import InputError
+from scalefl.config.own import OwnOptions
+
+COUNTS = ("world_size", "seq_length", "answer_length", "client_examples")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(OwnOptions):
     """What to predict memory for, and for whom. A plan reads no data and no weights."""
 
     client_budgets: str | None = None
@@ -35,46 +36,22 @@ class PlanOptions:
     json: bool = False
     """Print one JSON object instead of tables."""
 
-
-PLAN_KINDS: Mapping[str, Any] = get_type_hints(PlanOptions)
-"""Option -> its type."""
-
-COUNTS = ("world_size", "seq_length", "answer_length", "client_examples")
-
-
-def read_plan_options(raw: Mapping[str, Any]) -> PlanOptions:
-    """The options as typed: texts and switches. Raises InputError with one line per problem."""
-    values, problems = {}, []
-    for name, value in raw.items():
-        try:
-            values[name] = coerce(value, PLAN_KINDS[name], f"--{name}")
-        except InputError as error:
-            problems.append(str(error))
-    problems += _problems(values)
-    if problems:
-        raise InputError("\n".join(problems))
-    return PlanOptions(**values)
-
-
-def _problems(values: Mapping[str, Any]) -> list[str]:
-    options = PlanOptions(**values)
-    found = [
-        f"--{name}: got {getattr(options, name)}; expected a number at least 1."
-        for name in COUNTS
-        if getattr(options, name) is not None and getattr(options, name) < 1
-    ]
-    if not 0 <= options.zero_stage <= 3:
-        found.append(f"--zero_stage: got {options.zero_stage}; expected 0 (none), 1, 2 or 3.")
-    elif options.offload == "all" and options.zero_stage != 3:
-        found.append(f"--offload: all moves weights, under --zero_stage {options.zero_stage}; expected 3.")
-    elif options.offload == "optimizer" and options.zero_stage == 0:
-        found.append("--offload: optimizer is ZeRO's; expected --zero_stage 1, 2 or 3 with it.")
-    for name in ("out", "search"):
-        if getattr(options, name) and options.client_budgets is None:
-            found.append(f"--{name}: needs budgets to assign levels by; give --client_budgets FILE.")
-    if options.answer_length and options.seq_length and options.answer_length >= options.seq_length:
-        found.append(
-            f"--answer_length: got {options.answer_length} of --seq_length {options.seq_length}; "
-            "expected fewer: a row holds the prompt as well."
-        )
-    return found
+    def problems(self) -> Iterator[str]:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"--{name}: got {value}; expected a number at least 1."
+        if not 0 <= self.zero_stage <= 3:
+            yield f"--zero_stage: got {self.zero_stage}; expected 0 (none), 1, 2 or 3."
+        elif self.offload == "all" and self.zero_stage != 3:
+            yield f"--offload: all moves weights, under --zero_stage {self.zero_stage}; expected 3."
+        elif self.offload == "optimizer" and self.zero_stage == 0:
+            yield "--offload: optimizer is ZeRO's; expected --zero_stage 1, 2 or 3 with it."
+        for name in ("out", "search"):
+            if getattr(self, name) and self.client_budgets is None:
+                yield f"--{name}: needs budgets to assign levels by; give --client_budgets FILE."
+        if self.answer_length and self.seq_length and self.answer_length >= self.seq_length:
+            yield (
+                f"--answer_length: got {self.answer_length} of --seq_length {self.seq_length}; "
+                "expected fewer: a row holds the prompt as well."
+            )

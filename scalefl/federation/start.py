@@ -22,7 +22,10 @@ from scalefl.config.options import RunConfig
 from scalefl.config.origin import base_of_part
 from scalefl.config.saved import CONFIG_FILE, BaseFiles, saved_base
 from scalefl.contracts import InputError, State
+from scalefl.conversion.command import write_model
+from scalefl.conversion.minigptv2 import Released, of_model_file
 from scalefl.engine.launch import Engine
+from scalefl.models.adapters import saved_adapters
 from scalefl.models.build import ModelSource, check_weights, new_model
 from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles
@@ -76,7 +79,7 @@ def start_from(
     without `--init_from`, one is trained on `texts`. A base in files goes to `spare` if that is given and the
     run's own is not the one needed.
     """
-    if run.init_from is None:
+    if run.init_from is None and not model_file.names_released_weights:
         processor = (
             family.load_processor(str(trained_on[-1])) if trained_on else family.processor(model_file, texts)
         )
@@ -85,13 +88,13 @@ def start_from(
         config = family.config(model_file, processor)
         weights = dict(new_model(run, family, config).named_parameters())
         return _stored(run, model_file, family, config, weights, engine, processor, trained_on, spare)
-    source = Path(run.init_from)
-    if (base := base_of_part(run)) is not None:
+    source = _converted(run, model_file, engine) if run.init_from is None else Path(run.init_from)
+    if run.init_from is not None and (base := base_of_part(run)) is not None:
         return _from_part(source, *base, family, engine, trained_on, spare)
     config, files = family.load_config(str(source)), TensorFiles(source)
     check_weights(family, config, files)
-    processor = family.load_processor(str(source))
-    return _stored(run, model_file, family, config, files, engine, processor, trained_on, spare)
+    processor, adapters = family.load_processor(str(source)), _saved_adapters(run, source)
+    return _stored(run, model_file, family, config, files, engine, processor, trained_on, spare, adapters)
 
 
 def _stored(
@@ -104,6 +107,7 @@ def _stored(
     processor: Any,
     trained_on: Sequence[Path],
     spare: Path | None,
+    adapters: State | None = None,
 ) -> Start:
     """The base where `--base_store` wants it, and the trainable state."""
     files = weights if isinstance(weights, TensorFiles) else None
@@ -114,6 +118,7 @@ def _stored(
         weights,
         from_scratch=files is None,
         vit_dtype=DTYPES[model_file.vit_precision],
+        adapters=adapters,
     )
     has_base = bool(source.models.base_shapes)  # not under full tuning
     base = None
@@ -135,6 +140,36 @@ def _stored(
         base=base,
         origin=Origin(folder=None if files is None else str(files.folder.absolute()), seed=run.seed),
     )
+
+
+def _converted(run: RunConfig, model_file: ModelFile, engine: Engine) -> Path:
+    """The folder into which the released weights that the model file names are converted, once for a run."""
+    folder = Path(run.save_path) / "model"
+    if engine.is_main and not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_model(Released(of_model_file(model_file, run.lora_alpha), model_file), folder)
+    engine.barrier()
+    return folder
+
+
+def _saved_adapters(run: RunConfig, source: Path) -> State | None:
+    """Those that lie beside a model, from which training goes on. Raises InputError where it cannot."""
+    if (saved := saved_adapters(source)) is None:
+        return None
+    spec, state = saved
+    if run.tuning == "full":
+        raise InputError(
+            f"--init_from {source}: has adapters beside its weights, which --tuning full does not train; "
+            "expected --tuning lora, or a folder into which they are merged: `scalefl export --merge_lora`."
+        )
+    asked = _typed(run.lora_r, run.lora_alpha, run.lora_targets)
+    if differing := [flag for flag in _typed(spec.rank, spec.alpha, spec.targets) if flag not in asked]:
+        raise InputError(f"--init_from {source}: has other adapters; expected {' '.join(differing)}.")
+    return state
+
+
+def _typed(rank: int, alpha: float, targets: Sequence[str]) -> list[str]:
+    return [f"--lora_r {rank}", f"--lora_alpha {alpha:g}", f"--lora_targets {' '.join(sorted(targets))}"]
 
 
 def client_store(

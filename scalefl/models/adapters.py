@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from scalefl.contracts import InputError, State
 from scalefl.slicing.layout import LayoutTable
@@ -24,7 +29,7 @@ def add_lora(model: nn.Module, spec: LoraSpec) -> None:
     """Wrap the targeted layers of the language model in place; B starts at zero: the output stays."""
     # peft imports bitsandbytes, which takes seconds and speaks at import: not for runs without adapters.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     linear = {
         name.rsplit(".", 1)[-1]
@@ -37,13 +42,18 @@ def add_lora(model: nn.Module, spec: LoraSpec) -> None:
                 f"--lora_targets: {target} is no linear layer of the language model's blocks; "
                 f"expected some of {', '.join(sorted(linear))}."
             )
-    config = LoraConfig(
+    inject_adapter_in_model(_lora_config(spec), model)
+
+
+def _lora_config(spec: LoraSpec) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # a float works; peft annotates int
         lora_dropout=spec.dropout,
         target_modules=rf"language_model\.model\.layers\..*\.({'|'.join(spec.targets)})",
     )
-    inject_adapter_in_model(config, model)
 
 
 def initial_adapters(model: nn.Module) -> State:
@@ -59,6 +69,44 @@ def initial_adapters(model: nn.Module) -> State:
             for part in ("lora_A", "lora_B"):
                 state[f"{name}.{part}.default.weight"] = getattr(module, part)["default"].weight.detach()
     return state
+
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+def write_adapters(folder: Path, spec: LoraSpec, state: Mapping[str, Tensor]) -> None:
+    """Adapters beside their model, in peft's files: transformers' `from_pretrained` finds them there."""
+    named = {
+        _PEFT_PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in state.items()
+    }
+    save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _lora_config(spec).save_pretrained(str(folder))
+
+
+def saved_adapters(folder: Path) -> tuple[LoraSpec, State] | None:
+    """What `write_adapters` wrote into a model folder, if anything. Raises InputError if it is damaged."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        state = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: its adapters cannot be read ({error}); expected LoRA of peft."
+        ) from error
+    named = {
+        name.removeprefix(_PEFT_PREFIX)
+        .replace("lora_A.weight", "lora_A.default.weight")
+        .replace("lora_B.weight", "lora_B.default.weight"): tensor
+        for name, tensor in state.items()
+    }
+    targets = tuple(
+        sorted({name.split(".lora_A.")[0].rpartition(".")[2] for name in named if ".lora_A." in name})
+    )
+    return LoraSpec(rank=config.r, alpha=config.lora_alpha, dropout=0.0, targets=targets), named
 
 
 def is_adapter(name: str) -> bool:

@@ -86,8 +86,10 @@ class ModelSource:
         *,
         from_scratch: bool = False,
         vit_dtype: torch.dtype = torch.float32,
+        adapters: State | None = None,
     ) -> None:
-        self._run, self._family, self._weights = run, family, weights
+        """`adapters` are those that came with the weights; without, new ones start."""
+        self._run, self._family, self._weights, self._adapters = run, family, weights, adapters
         self._from_scratch = from_scratch
         self.models = plan_levels(run, family, config)
         self._holding = Holding(run=run, models=self.models, vit_dtype=vit_dtype)
@@ -98,10 +100,10 @@ class ModelSource:
         self._check_blocks()
 
     def initial_state(self) -> State:
-        """The trainable state in fp32 on the CPU; adapters start with B at zero: the output stays."""
+        """The trainable state in fp32 on the CPU; new adapters have B at zero: the output stays."""
         models, state = self.models, {}
-        adapters = {}
-        if models.lora is not None:
+        adapters = self._adapters or {}
+        if models.lora is not None and not adapters:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(self._run.seed, "adapters"))
                 adapters = initial_adapters(models.skeleton(models.config))

@@ -325,9 +325,8 @@ class MiniGPTv2Family:
         """
         if model_file.tokenizer.get("kind") != "trained":
             raise InputError(
-                f"{model_file.name}: llama_model, vit_model and ckpt name released weights, which this "
-                "version cannot convert yet; expected --init_from with a model folder of this project, or "
-                "--cfg-path tiny."
+                f"{model_file.name}: no weights to start from; expected --init_from with a folder such as "
+                "`scalefl convert` writes, paths in llama_model, vit_model and ckpt, or --cfg-path tiny."
             )
         size, patch = model_file.image_size, model_file.vision["patch_size"]
         num_patches = (size // patch) ** 2

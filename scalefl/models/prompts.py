@@ -67,6 +67,7 @@ class MiniGPTv2Processor(ProcessorMixin):
         prompt_template: str = "[INST] {} [/INST]",
         end_sym: str = "</s>",
         window: bool = False,
+        max_txt_len: int = 500,
         **kwargs: Any,
     ) -> None:
         self.num_image_tokens = num_image_tokens
@@ -74,6 +75,7 @@ class MiniGPTv2Processor(ProcessorMixin):
         self.prompt_template = prompt_template
         self.end_sym = end_sym
         self.window = window
+        self.max_txt_len = max_txt_len
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def encode_text(self, text: str) -> list[int]:
@@ -90,8 +92,26 @@ class MiniGPTv2Processor(ProcessorMixin):
         return self.encode_text(self.prompt_template.format(IMAGE_SLOT + question))
 
     def encode_answer(self, answer: str) -> list[int]:
-        """Ids of an answer with its end symbol."""
-        return self._segment_ids(answer + self.end_sym)
+        """Ids of an answer with its end symbol, `max_txt_len` of them at most, as upstream."""
+        return self._segment_ids(answer + self.end_sym)[: self.max_txt_len]
+
+    def encode_conversation(
+        self, questions: Sequence[str], answers: Sequence[str]
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a conversation about one image, and labels (-100 but for answers, end symbols included).
+
+        The first question may have `<ImageHere>` in it; each further one begins with BOS, as upstream's.
+        """
+        ids = self.encode_text(self.prompt_template.format(questions[0]))
+        labels = [-100] * len(ids)
+        rest: list[tuple[int, int]] = []
+        for turn, answer in enumerate(answers):
+            if turn:
+                asked = f"{self.tokenizer.bos_token}{self.prompt_template.format(questions[turn])}"
+                rest += [(token, -100) for token in self._segment_ids(asked)]
+            rest += [(token, token) for token in self._segment_ids(answer + self.end_sym)]
+        rest = rest[: self.max_txt_len]
+        return [*ids, *(token for token, _ in rest)], [*labels, *(label for _, label in rest)]
 
     def _segment_ids(self, segment: str) -> list[int]:
         return self.tokenizer.encode(segment, add_special_tokens=False) if segment else []

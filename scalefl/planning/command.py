@@ -34,8 +34,9 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "total", 
 
 def plan(run: RunConfig, model_file: ModelFile, command: Command) -> None:
     """Predict, print, and with budgets assign levels to clients. Nothing is loaded or trained."""
-    options = command.plan
-    budgets = _budgets(run, command)
+    options = command.own
+    assert isinstance(options, PlanOptions)
+    budgets = _budgets(run, command, options)
     if options.out is not None:
         assert options.client_budgets is not None
         read = {"config": command.config_files, "client_budgets": [options.client_budgets]}
@@ -62,8 +63,8 @@ def plan(run: RunConfig, model_file: ModelFile, command: Command) -> None:
         display.line(f"assignment   {options.out} (scalefl train --config {options.out} ...)")
 
 
-def _budgets(run: RunConfig, command: Command) -> tuple[Budget, ...]:
-    path = command.plan.client_budgets
+def _budgets(run: RunConfig, command: Command, options: PlanOptions) -> tuple[Budget, ...]:
+    path = options.client_budgets
     if path is None:
         return ()
     budgets = read_budgets(path, numbered=not _by_site(run))

@@ -1,0 +1,1 @@
+"""From released weights to a model folder of this project."""
