@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import normalizers
 from torch import Tensor
-from transformers import AutoTokenizer, BlipImageProcessorPil, LlamaConfig
+from transformers import AutoTokenizer, BlipImageProcessorPil, LlamaConfig, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from scalefl.config.convertoptions import ConvertOptions
 from scalefl.config.modelfile import EVA_VIT_G, ModelFile
@@ -73,7 +75,10 @@ class Released:
     """The three released files: what becomes which parameter, and what the whole model is."""
 
     def __init__(self, options: ConvertOptions, model_file: ModelFile | None = None) -> None:
-        """`model_file` says how images are normalised. Raises InputError with a line for every tensor that is missing, unknown or of another shape."""
+        """`model_file` says how images are normalised.
+
+        Raises InputError with a line for every tensor that is missing, unknown or of another shape.
+        """
         assert options.llama and options.vit and options.ckpt
         self._options, self._images = options, model_file or ModelFile(name="")
         self.llama = open_folder(Path(options.llama))
@@ -105,7 +110,8 @@ class Released:
             origin = self.origins[name]
             if before is not None and origin.source is not before:
                 before.close()
-            yield name, self._tensor(name, [origin.source[key] for key in origin.keys])
+            # A copy, for what is mapped goes with its file, and may be held twice there.
+            yield name, self._tensor(name, [origin.source[key] for key in origin.keys]).clone()
             before = origin.source
         if before is not None:
             before.close()
@@ -142,7 +148,7 @@ class Released:
         options, folder = self._options, self.llama.place
         folder = folder if folder.is_dir() else folder.parent
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = legacy(AutoTokenizer.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError, KeyError, ImportError) as error:
             told = " ".join(str(error).split())[:200]
             raise InputError(f"--llama {folder}: no tokenizer there ({told}); expected Llama's.") from error
@@ -152,7 +158,6 @@ class Released:
                 f"--llama {folder}: its tokenizer knows {len(tokenizer)} tokens, its embedding {rows}; "
                 "expected as many: the files of one model."
             )
-        tokenizer.pad_token, tokenizer.padding_side = PAD_TOKEN, "left"
         patch = self.vit.shapes["patch_embed.proj.weight"][-1]
         size = {"height": options.image_size, "width": options.image_size}
         return MiniGPTv2Processor(
@@ -327,6 +332,24 @@ def of_model_file(model_file: ModelFile, lora_alpha: float) -> ConvertOptions:
         prompt_template=model_file.prompt_template,
         end_sym=model_file.end_sym,
         max_txt_len=model_file.max_txt_len,
+    )
+
+
+def legacy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """Llama's tokenizer as upstream uses it: every text between special tokens begins with a space.
+
+    Llama's own class in transformers decides that anew at each load, by a setting that it does not save.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token=PAD_TOKEN,
+        padding_side="left",
     )
 
 

@@ -120,8 +120,11 @@ def read_pickle(path: Path, inside: str | None) -> Mapping[str, Tensor]:
     They are mapped, not read, if the file is a zip archive, as PyTorch writes them since 1.6.
     """
     try:
-        with open(path, "rb"):
-            is_zip = zipfile.is_zipfile(path)
+        with open(path, "rb") as file:
+            is_zip = zipfile.is_zipfile(file)
+            file.seek(0)
+            if not is_zip and file.read(2) == b"PK":
+                raise InputError(f"{path}: {_DAMAGED}")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise InputError(

@@ -146,7 +146,6 @@ def _converted(run: RunConfig, model_file: ModelFile, engine: Engine) -> Path:
     """The folder into which the released weights that the model file names are converted, once for a run."""
     folder = Path(run.save_path) / "model"
     if engine.is_main and not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         write_model(Released(of_model_file(model_file, run.lora_alpha), model_file), folder)
     engine.barrier()
     return folder
