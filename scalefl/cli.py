@@ -23,6 +23,7 @@ EXIT_CTRL_C = 130
 COMMANDS_OF_THEIR_OWN = {
     "client": "scalefl.federation.worker:work",
     "convert": "scalefl.conversion.command:convert",
+    "export": "scalefl.export.command:export",
 }
 """Command without a run -> the function that takes its options. Imported late: torch takes seconds."""
 

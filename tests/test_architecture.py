@@ -20,6 +20,7 @@ TIERS = (
     ("evaluate", "features", "checkpoint", "report", "console"),
     ("planning", "conversion"),
     ("federation",),
+    ("export",),
     ("cli",),
     ("__main__",),
 )

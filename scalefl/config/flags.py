@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from scalefl import __version__
 from scalefl.config.clientoptions import ClientOptions
 from scalefl.config.convertoptions import ConvertOptions
+from scalefl.config.exportoptions import ExportOptions
 from scalefl.config.options import GROUPS
 from scalefl.config.own import OwnOptions
 from scalefl.config.planoptions import PlanOptions
@@ -21,6 +22,7 @@ OWN_OPTIONS: Mapping[str, type[OwnOptions]] = {
     "plan": PlanOptions,
     "client": ClientOptions,
     "convert": ConvertOptions,
+    "export": ExportOptions,
 }
 """Command -> the options that it alone takes."""
 
@@ -30,6 +32,7 @@ COMMANDS = {
     "plan": "predict each level's cost and memory, assign levels",
     "client": "train tasks that a run wrote to files",
     "convert": "turn released weights into a model folder",
+    "export": "write a level of a checkpoint as a model of its own",
 }
 """Command -> what it does."""
 

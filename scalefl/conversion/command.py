@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from scalefl.console import Display
 from scalefl.contracts import InputError, State
 from scalefl.conversion.minigptv2 import Released
 from scalefl.models.adapters import is_adapter, write_adapters
-from scalefl.models.files import write_tensors
+from scalefl.models.files import new_folder, write_tensors
 
 
 def convert(options: ConvertOptions) -> None:
@@ -49,20 +48,14 @@ def told(released: Released) -> Iterator[str]:
 
 def write_model(released: Released, folder: Path) -> None:
     """A model folder; one tensor after the other, so that memory holds a part of a file. All or nothing."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     adapters: State = {}
-    try:
+    with new_folder(folder) as temporary:
         write_tensors(temporary, _base(released, adapters))
         if released.lora is not None:
             write_adapters(temporary, released.lora, adapters)
         released.config.architectures = ["MiniGPTv2ForConditionalGeneration"]
         released.config.save_pretrained(temporary)
         released.processor.save_pretrained(temporary)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _base(released: Released, adapters: State) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,14 @@ def add_lora(model: nn.Module, spec: LoraSpec) -> None:
     inject_adapter_in_model(_lora_config(spec), model)
 
 
-def _lora_config(spec: LoraSpec) -> Any:
+def _lora_config(spec: LoraSpec, prefix: str = "language_model.") -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # a float works; peft annotates int
         lora_dropout=spec.dropout,
-        target_modules=rf"language_model\.model\.layers\..*\.({'|'.join(spec.targets)})",
+        target_modules=rf"{re.escape(prefix)}model\.layers\..*\.({'|'.join(spec.targets)})",
     )
 
 
@@ -75,13 +76,25 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 _PEFT_PREFIX = "base_model.model."
 
 
-def write_adapters(folder: Path, spec: LoraSpec, state: Mapping[str, Tensor]) -> None:
-    """Adapters beside their model, in peft's files: transformers' `from_pretrained` finds them there."""
+def write_adapters(
+    folder: Path,
+    spec: LoraSpec,
+    state: Mapping[str, Tensor],
+    prefix: str = "language_model.",
+    task_type: str | None = None,
+) -> None:
+    """Adapters in peft's files; beside their model transformers' `from_pretrained` finds them.
+
+    `prefix` is where the language model is in that model.
+    """
     named = {
         _PEFT_PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in state.items()
     }
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    _lora_config(spec).save_pretrained(str(folder))
+    config = _lora_config(spec, prefix)
+    config.task_type = task_type
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
 
 
 def saved_adapters(folder: Path) -> tuple[LoraSpec, State] | None:

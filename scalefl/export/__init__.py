@@ -1,0 +1,1 @@
+"""A level of a checkpoint as a model of its own."""
