@@ -13,7 +13,7 @@ import pytest
 from scalefl import __version__
 from scalefl.cli import main
 from scalefl.config.flags import parse
-from scalefl.config.planoptions import PLAN_KINDS
+from scalefl.config.planoptions import PlanOptions
 from scalefl.config.resolve import resolve
 from scalefl.config.values import OPTION_KINDS
 from scalefl.contracts import InputError, Interrupted
@@ -114,7 +114,8 @@ def test_plan_takes_a_runs_options_and_its_own():
         ["plan", "--zero-stage", "2", "--json", "--batch-size", "8", "--search", "--client-budgets=b"]
     )
     assert (command.name, command.flags) == ("plan", {"batch_size": "8"})
-    plan = command.plan
+    plan = command.own
+    assert isinstance(plan, PlanOptions)
     assert (plan.zero_stage, plan.json, plan.search, plan.client_budgets) == (2, True, True, "b")
 
 
@@ -122,7 +123,7 @@ def test_plan_has_a_flag_for_every_option(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     shown = capsys.readouterr().out
-    assert all(f"--{name} " in shown for name in (*OPTION_KINDS, *PLAN_KINDS))
+    assert all(f"--{name} " in shown for name in (*OPTION_KINDS, *PlanOptions.kinds()))
 
 
 def test_every_option_is_a_flag(capsys):
@@ -175,7 +176,7 @@ def test_version(capsys):
             "evaluate nowhere",
             "nowhere/run.json: No such file or directory; expected a run folder or checkpoint ",
         ),
-        ("", "the following arguments are required: train|evaluate|plan|client; see `scalefl --help`."),
+        ("", "the following arguments are required: train|evaluate|plan|client|convert|export; see `scalefl --help`."),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(capsys, training, arguments, line):
