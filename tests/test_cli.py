@@ -176,7 +176,10 @@ def test_version(capsys):
             "evaluate nowhere",
             "nowhere/run.json: No such file or directory; expected a run folder or checkpoint ",
         ),
-        ("", "the following arguments are required: train|evaluate|plan|client|convert|export; see `scalefl --help`."),
+        (
+            "",
+            "the following arguments are required: train|evaluate|plan|client|convert|export; see",
+        ),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(capsys, training, arguments, line):

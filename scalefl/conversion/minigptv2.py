@@ -110,8 +110,9 @@ class Released:
             origin = self.origins[name]
             if before is not None and origin.source is not before:
                 before.close()
-            # A copy, for what is mapped goes with its file, and may be held twice there.
-            yield name, self._tensor(name, [origin.source[key] for key in origin.keys]).clone()
+            tensor = self._tensor(name, [origin.source[key] for key in origin.keys]).clone()
+            origin.source.release()
+            yield name, tensor
             before = origin.source
         if before is not None:
             before.close()

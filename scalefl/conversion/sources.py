@@ -1,7 +1,8 @@
 """Tensors in files that others released, by name: safetensors, .bin and .pth, one or many.
 
-A file is read when a tensor of it is asked for, and let go when the next file's turn comes: memory holds one
-file at most, of which a mapped one takes only what was read.
+A file is opened when a tensor of it is asked for, and let go when the next file's turn comes. It is mapped,
+so that memory holds what was read of it since `release`; but a .bin or .pth of the kind before PyTorch 1.6,
+which is no zip archive, is read in whole.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class Source(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._of_name)
+
+    def release(self) -> None:
+        """Let go of a mapped file, whose pages count as memory; the next tensor maps it again."""
+        if self._open is not None and is_mapped(self._open[0]):
+            self._open = None
 
     def close(self) -> None:
         """Let go of the file that is open."""
@@ -114,10 +120,14 @@ def _open_safetensors(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error}); expected a whole safetensors file.") from error
 
 
+def is_mapped(path: Path) -> bool:
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+
+
 def read_pickle(path: Path, inside: str | None) -> Mapping[str, Tensor]:
     """The tensors of a .pth or .bin file, or those in its entry `inside`; nothing else in it is run.
 
-    They are mapped, not read, if the file is a zip archive, as PyTorch writes them since 1.6.
+    They are mapped, not read, if the file is a zip archive.
     """
     try:
         with open(path, "rb") as file:
