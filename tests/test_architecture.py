@@ -17,7 +17,7 @@ TIERS = (
     ("models",),
     ("batches",),
     ("engine",),
-    ("evaluate", "features", "checkpoint", "report", "console"),
+    ("evaluate", "inference", "features", "checkpoint", "report", "console"),
     ("planning", "conversion"),
     ("federation",),
     ("export",),

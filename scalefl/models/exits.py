@@ -5,7 +5,7 @@ Shapes: B batch, L positions, D hidden, N predicted positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 
 def hidden_at_exits(
+    decoder: LlamaModel, embeds_bld: Tensor, exit_layers: Sequence[int], **context: Any
+) -> list[Tensor]:
+    """Hidden states (B, L, D) after each of `exit_layers`; `context` is what `exit_by_exit` takes."""
+    return list(exit_by_exit(decoder, embeds_bld, exit_layers, **context))
+
+
+def exit_by_exit(
     decoder: LlamaModel,
     embeds_bld: Tensor,
     exit_layers: Sequence[int],
@@ -23,11 +30,12 @@ def hidden_at_exits(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_values: Cache | None = None,
-) -> list[Tensor]:
-    """Hidden states (B, L, D) after each of `exit_layers` (counted from 1), before any norm.
+) -> Generator[Tensor, Tensor | None, None]:
+    """Hidden states after each of `exit_layers` (counted from 1), before any norm, one exit after the other.
 
-    Layers beyond the last one asked for are not computed. `attention_mask` is (B, L) with 1 = real, or an
-    already prepared (B, 1, L, L) mask. Follows `LlamaModel.forward` of transformers 5.
+    Layers beyond the last one asked for are not computed. What is sent back are the indices of the rows that
+    go on (int64), None for all; not with a cache, whose rows stay. `attention_mask` is (B, L) with 1 = real,
+    or an already prepared (B, 1, L, L) mask. Follows `LlamaModel.forward` of transformers 5.
     """
     if position_ids is None:
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -42,7 +50,7 @@ def hidden_at_exits(
     if mask is not None and mask.dtype == torch.bool and decoder.config._attn_implementation != "sdpa":
         mask = torch.zeros_like(mask, dtype=embeds_bld.dtype).masked_fill(~mask, float("-inf"))
     rotary = decoder.rotary_emb(embeds_bld, position_ids=position_ids)
-    hidden_bld, at_exits = embeds_bld, []
+    hidden_bld = embeds_bld
     for number, layer in enumerate(decoder.layers[: exit_layers[-1]], start=1):
         hidden_bld = layer(
             hidden_bld,
@@ -53,8 +61,16 @@ def hidden_at_exits(
             use_cache=past_key_values is not None,
         )
         if number in exit_layers:
-            at_exits.append(hidden_bld)
-    return at_exits
+            rows = yield hidden_bld
+            if rows is not None:
+                assert past_key_values is None
+                hidden_bld, mask, position_ids = (_rows(t, rows) for t in (hidden_bld, mask, position_ids))
+                rotary = tuple(_rows(t, rows) for t in rotary)
+
+
+def _rows(tensor: Any, rows: Tensor) -> Any:
+    """Those of a batch; what is the same for all rows has one row, or is None."""
+    return tensor if tensor is None or len(tensor) == 1 else tensor.index_select(0, rows)
 
 
 def logits_at(hidden_bld: Tensor, predict_at_n: Tensor, norm: nn.Module, head: nn.Module) -> Tensor:
