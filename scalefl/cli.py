@@ -24,6 +24,7 @@ COMMANDS_OF_THEIR_OWN = {
     "client": "scalefl.federation.worker:work",
     "convert": "scalefl.conversion.command:convert",
     "export": "scalefl.export.command:export",
+    "predict": "scalefl.prediction.command:predict",
 }
 """Command without a run -> the function that takes its options. Imported late: torch takes seconds."""
 

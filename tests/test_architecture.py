@@ -19,7 +19,7 @@ TIERS = (
     ("engine",),
     ("evaluate", "inference", "features", "checkpoint", "report", "console"),
     ("planning", "conversion"),
-    ("federation",),
+    ("federation", "prediction"),
     ("export",),
     ("cli",),
     ("__main__",),

@@ -178,7 +178,7 @@ def test_version(capsys):
         ),
         (
             "",
-            "the following arguments are required: train|evaluate|plan|client|convert|export; see",
+            "the following arguments are required: train|evaluate|plan|client|",
         ),
     ],
 )

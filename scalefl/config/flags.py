@@ -14,6 +14,7 @@ from scalefl.config.exportoptions import ExportOptions
 from scalefl.config.options import GROUPS
 from scalefl.config.own import OwnOptions
 from scalefl.config.planoptions import PlanOptions
+from scalefl.config.predictoptions import PredictOptions
 from scalefl.config.resolve import RESUME_SAVE_PATH
 from scalefl.config.values import OPTION_KINDS, nearest
 from scalefl.contracts import InputError
@@ -23,6 +24,7 @@ OWN_OPTIONS: Mapping[str, type[OwnOptions]] = {
     "client": ClientOptions,
     "convert": ConvertOptions,
     "export": ExportOptions,
+    "predict": PredictOptions,
 }
 """Command -> the options that it alone takes."""
 
@@ -33,6 +35,7 @@ COMMANDS = {
     "client": "train tasks that a run wrote to files",
     "convert": "turn released weights into a model folder",
     "export": "write a level of a checkpoint as a model of its own",
+    "predict": "ask a model about images",
 }
 """Command -> what it does."""
 
@@ -128,7 +131,9 @@ def _add_options(
         for option in fields(group):
             kind = _without_none(kinds[option.name])
             flag, text = f"--{option.name}", helps[option.name] + _default(option.default)
-            if kind is bool:
+            if option.name == getattr(group, "positional", None):
+                parser.add_argument(option.name, nargs="+", metavar="IMAGE", help=text)
+            elif kind is bool:
                 section.add_argument(flag, nargs="?", const=True, metavar="0|1", help=text)
                 off = f"--no_{option.name}"
                 section.add_argument(off, action="store_false", dest=option.name, help=argparse.SUPPRESS)

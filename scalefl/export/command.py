@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from scalefl.export.card import card
 from scalefl.export.submodel import Exported, dtype_of, exported
 from scalefl.models.adapters import is_adapter, write_adapters
 from scalefl.models.files import new_folder, write_tensors
+from scalefl.prediction.loaded import TASK_FILE
 
 LANGUAGE = "language_model."
 
@@ -33,8 +35,15 @@ def export(options: ExportOptions) -> None:
         dtype = dtype_of(options.dtype, model.run)
         with new_folder(out) as temporary:
             WRITERS[options.part](model, temporary, dtype)
+            (temporary / TASK_FILE).write_text(json.dumps(task(model), indent=1), encoding="utf-8")
             (temporary / "README.md").write_text(card(model, options.part, folder), encoding="utf-8")
     Display(speaks=True, print_freq=1).line(f"{options.part:<12} {out}")
+
+
+def task(model: Exported) -> dict[str, Any]:
+    """What `scalefl predict` asks the model, if nothing else is said."""
+    run = model.run
+    return {"arch": run.arch, "question": run.question, "answers": run.answers}
 
 
 def write_whole(model: Exported, folder: Path, dtype: torch.dtype) -> None:

@@ -35,6 +35,10 @@ class ModelFamily(Protocol):
         """The config of a saved model folder."""
         ...
 
+    def load_model(self, folder: str) -> Any:
+        """The model of a saved folder with its weights, in their precision."""
+        ...
+
     def num_layers(self, config: Any) -> int: ...
 
     def layouts(self, config: Any) -> LayoutTable:

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from scalefl.config.modelfile import ModelFile
 from scalefl.contracts import Axis, InputError, LevelSpec
@@ -380,6 +380,10 @@ class MiniGPTv2Family:
 
     def load_processor(self, folder: str) -> MiniGPTv2Processor:
         return MiniGPTv2Processor.from_pretrained(folder)
+
+    def load_model(self, folder: str) -> MiniGPTv2ForConditionalGeneration:
+        logging.disable_progress_bar()
+        return MiniGPTv2ForConditionalGeneration.from_pretrained(folder)
 
     def load_config(self, folder: str) -> MiniGPTv2Config:
         return MiniGPTv2Config.from_pretrained(folder)

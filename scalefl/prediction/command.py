@@ -1,0 +1,136 @@
+"""`scalefl predict`: images in; answers, probabilities, exits and milliseconds out."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from scalefl.config.predictoptions import PredictOptions
+from scalefl.console import Display
+from scalefl.contracts import InputError
+from scalefl.data.images import read_image
+from scalefl.inference import ExitRule
+from scalefl.prediction.loaded import Answer, Answering, task_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+NEVER = 2.0
+"""A threshold that no confidence passes."""
+
+
+def predict(options: PredictOptions) -> None:
+    """Answer about every image that can be read; raises InputError at the end if some could not be."""
+    assert options.model is not None
+    folder, paths = Path(options.model), find_images(options.images)
+    answers = None if options.open else options.answers or task_of(folder).answers
+    model = Answering(folder, _device(options.use_gpu), options.question, answers)
+    rule = _rule(options, model.num_exits)
+    found: list[tuple[Path, Answer]] = []
+    unread: list[str] = []
+    batches = [paths[at : at + options.batch_size] for at in range(0, len(paths), options.batch_size)]
+    console = Console(stderr=True)
+    for batch in track(
+        batches, "answering", console=console, transient=True, disable=not console.is_terminal
+    ):
+        pixels = _read(batch, model, unread)
+        if pixels:
+            given = model.answer(list(pixels.values()), rule, options.max_new_tokens)
+            found += zip(pixels, given, strict=True)
+    _tell(found, options)
+    if unread:
+        raise InputError("\n".join(unread))
+
+
+def find_images(given: Sequence[str]) -> list[Path]:
+    """Every image once, in the order given; those of a folder and of a pattern by name.
+
+    Raises InputError for what names no image.
+    """
+    found: dict[Path, None] = {}
+    for text in given:
+        path = Path(text)
+        if path.is_dir():
+            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.exists():
+            paths = [path]
+        else:
+            paths = sorted(Path(name) for name in glob.glob(text, recursive=True) if Path(name).is_file())
+        if not paths:
+            raise InputError(
+                f"{text}: no image there; expected a file, a folder with {', '.join(SUFFIXES)} files, or a "
+                "pattern that fits some."
+            )
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def _with_bar(batches: Sequence[list[Path]]) -> Iterable[list[Path]]:
+    """A progress bar on a terminal; on standard error, where it is in nobody's way."""
+    console = Console(stderr=True)
+    return track(batches, "answering", console=console, transient=True, disable=not console.is_terminal)
+
+
+def _read(paths: Sequence[Path], model: Answering, unread: list[str]) -> dict[Path, Tensor]:
+    pixels = {}
+    for path in paths:
+        try:
+            pixels[path] = model.prepare(read_image(path))
+        except InputError as error:
+            unread.append(str(error))
+    return pixels
+
+
+def _rule(options: PredictOptions, num_exits: int) -> ExitRule:
+    if options.max_exit is not None and options.max_exit > num_exits:
+        raise InputError(f"--max_exit: got {options.max_exit}; this model has exits 1 to {num_exits}.")
+    threshold = NEVER if options.exit_threshold is None else options.exit_threshold
+    return ExitRule(
+        thresholds=(threshold,) * (num_exits - 1),
+        measure=options.measure or "probability",
+        max_exit=options.max_exit,
+    )
+
+
+def _device(use_gpu: bool | None) -> torch.device:
+    if use_gpu and not torch.cuda.is_available():
+        raise InputError("--use_gpu: no CUDA GPU was found; leave the flag out, or check the driver.")
+    wanted = torch.cuda.is_available() if use_gpu is None else use_gpu
+    return torch.device("cuda" if wanted else "cpu")
+
+
+def _tell(found: Sequence[tuple[Path, Answer]], options: PredictOptions) -> None:
+    display, records = Display(speaks=True, print_freq=1), list(_records(found))
+    if options.csv is not None and records:
+        with open(options.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    if options.json:
+        display.line(json.dumps(records, indent=1))
+    elif records:
+        folder = os.path.commonpath([path.parent for path, _ in found])
+        rows = [{**record, "image": os.path.relpath(record["image"], folder)} for record in records]
+        display.table(f"{folder}", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+    if options.csv is not None and records and not options.json:
+        display.line(f"answers      {options.csv}")
+
+
+def _records(found: Sequence[tuple[Path, Answer]]) -> Iterator[dict[str, Any]]:
+    for path, answer in found:
+        shown = {f"p({name})": round(value, 6) for name, value in answer.probabilities.items()}
+        yield {"image": str(path), "answer": answer.text, **shown, "exit": answer.exit} | {
+            "milliseconds": round(answer.milliseconds, 2)
+        }
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,128 @@
+"""A model folder ready to answer: model, processor, question, candidate answers, and when to leave early."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalefl.batches import Batcher, Candidates
+from scalefl.config.saved import CONFIG_FILE, load_config
+from scalefl.contracts import Example, InputError
+from scalefl.inference import ExitRule, answer
+from scalefl.registry import resolve
+
+TASK_FILE = "task.json"
+"""In an exported folder: `arch`, `question` and `answers` of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a model was trained to be asked."""
+
+    arch: str = "MiniGPTv2"
+    question: str | None = None
+    answers: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model says of one image."""
+
+    text: str
+    probabilities: Mapping[str, float]
+    """Of each candidate at the exit that answered; empty where the model wrote its answer."""
+    exit: int
+    milliseconds: float
+    """Of its batch, divided by the images in it."""
+
+
+def task_of(folder: Path) -> Task:
+    """What is told of it beside the model, if anything."""
+    if (folder / TASK_FILE).is_file():
+        content = json.loads((folder / TASK_FILE).read_text("utf-8"))
+        answers = content["answers"]
+        return Task(**{**content, "answers": None if answers is None else tuple(answers)})
+    if (folder / CONFIG_FILE).is_file():
+        run, _ = load_config(folder)
+        return Task(arch=run.arch, question=run.question, answers=run.answers)
+    return Task()
+
+
+class Answering:
+    """One model, one question."""
+
+    def __init__(
+        self, folder: Path, device: torch.device, question: str | None, answers: tuple[str, ...] | None
+    ) -> None:
+        """Raises InputError if the folder holds no model, or no question is known."""
+        task = task_of(folder)
+        if not (folder / "config.json").is_file():
+            also = ""
+            if (folder / CONFIG_FILE).is_file():
+                also = f" `scalefl export --checkpoint {folder}` makes one of this checkpoint."
+            raise InputError(f"--model {folder}: no model there (config.json is missing);{also}")
+        if (chosen := question or task.question) is None:
+            raise InputError(f"--model {folder}: does not say what it was asked; expected --question TEXT.")
+        self.question = chosen
+        family = resolve("arch", task.arch)
+        self._model = family.load_model(str(folder)).eval().to(device)
+        self._processor, self._device = family.load_processor(str(folder)), device
+        self.answers = answers
+        self._candidates = None
+        if answers is not None:
+            self._candidates = Candidates(ids=tuple(tuple(self._processor.encode_answer(a)) for a in answers))
+
+    @property
+    def num_exits(self) -> int:
+        return len(self._model.config.exit_layers)
+
+    def prepare(self, image: Any) -> Tensor:
+        """uint8 pixels at the model's size."""
+        return self._processor.resize(image)
+
+    @torch.no_grad()
+    def answer(self, pixels: Sequence[Tensor], rule: ExitRule, max_new_tokens: int) -> list[Answer]:
+        """One answer for each image."""
+        started = time.perf_counter()
+        shown = {str(number): image for number, image in enumerate(pixels)}
+        examples = [Example(image_key=key, patient=key, question=self.question, answer="") for key in shown]
+        batcher, ids = Batcher(self._processor, examples, shown, self._device), range(len(pixels))
+        choices = answer(self._model, batcher, ids, self._candidates, rule)
+        if self.answers is not None:
+            texts = [
+                self.answers[max(range(len(self.answers)), key=c.probabilities.__getitem__)] for c in choices
+            ]
+        else:
+            texts = self._written(batcher, [choice.exit for choice in choices], max_new_tokens)
+        milliseconds = 1000 * (time.perf_counter() - started) / len(pixels)
+        return [
+            Answer(
+                text=text,
+                probabilities=dict(zip(self.answers or (), choice.probabilities, strict=True)),
+                exit=choice.exit,
+                milliseconds=milliseconds,
+            )
+            for text, choice in zip(texts, choices, strict=True)
+        ]
+
+    def _written(self, batcher: Batcher, exits: Sequence[int], max_new_tokens: int) -> list[str]:
+        """Greedy answers, each from its own exit all through."""
+        texts = [""] * len(exits)
+        for exit in sorted(set(exits)):
+            ids = [number for number, own in enumerate(exits) if own == exit]
+            inputs = batcher.prompts(ids)
+            out = self._model.generate(**inputs, exit=exit, max_new_tokens=max_new_tokens, do_sample=False)
+            for number, row in zip(ids, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                texts[number] = self._processor.decode_answer(row)
+        return texts
+
+
+def _likeliest(answers: Sequence[str], probabilities: Sequence[float]) -> str:
+    return answers[max(range(len(answers)), key=probabilities.__getitem__)]
