@@ -9,8 +9,9 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
+from scalefl.config.calibrateoptions import CalibrateOptions
 from scalefl.config.flags import parse
 from scalefl.config.resolve import resolve
 from scalefl.contracts import InputError, Interrupted, Unfinished
@@ -58,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             if _speaks():  # once under `accelerate launch`
                 plan(run, model_file, command)
+            return 0
+        if command.name == "calibrate":
+            from scalefl.prediction.calibrate import calibrate
+
+            calibrate(run, cast(CalibrateOptions, command.own))
             return 0
         from scalefl.federation.run import train
 

@@ -6,15 +6,16 @@ Shapes: B rows, A answers, M exits, L positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from scalefl.batches import Batcher, Candidates
-from scalefl.models.exits import exit_by_exit, logits_at
+from scalefl.models.exits import exit_by_exit, hidden_at_exits, logits_at
 
 Measure = Literal["probability", "margin", "entropy"]
 
@@ -51,6 +52,38 @@ def confidence(probabilities_ba: Tensor, measure: Measure) -> Tensor:
         return top_b2[:, 0] - top_b2[:, 1]
     entropy_b = torch.special.entr(probabilities_ba).sum(-1)
     return 1 - entropy_b / math.log(probabilities_ba.shape[-1])
+
+
+def scores_at_exits(model: Any, batcher: Batcher, ids: Sequence[int], candidates: Candidates) -> Tensor:
+    """Log-likelihoods of the candidates at every exit, (M, B, A), fp32 on the CPU."""
+    exits = model(**batcher.scoring(ids, candidates)).exit_logits
+    found = [candidates.log_likelihoods(logits.unflatten(0, (len(ids), -1))) for logits in exits]
+    return torch.stack(found).cpu()
+
+
+def macs_to_exits(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
+    """Multiply-accumulates of one row up to each exit, the earlier exits' answers included.
+
+    `inputs` are those of `Batcher.scoring` for one row; nothing is computed.
+    """
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+        empty.rebuild_buffers()
+    on_meta = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    found = []
+    for exit in range(1, len(model.config.exit_layers) + 1):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            embeds_bld = empty.input_embeds(
+                on_meta["input_ids"], on_meta.get("pixel_values"), on_meta.get("image_features")
+            )
+            context = {name: on_meta[name] for name in ("attention_mask", "position_ids")}
+            layers = model.config.exit_layers[:exit]
+            hidden = hidden_at_exits(empty.language_model.model, embeds_bld, layers, **context)
+            for number, hidden_bld in enumerate(hidden, start=1):
+                norm, head = empty.exit_norm(number), empty.language_model.lm_head
+                logits_at(hidden_bld, on_meta["predict_at"], norm, head)
+        found.append(counter.get_total_flops() // 2)
+    return found
 
 
 def answer(

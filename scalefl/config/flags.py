@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from scalefl import __version__
+from scalefl.config.calibrateoptions import CalibrateOptions
 from scalefl.config.clientoptions import ClientOptions
 from scalefl.config.convertoptions import ConvertOptions
 from scalefl.config.exportoptions import ExportOptions
@@ -25,6 +26,7 @@ OWN_OPTIONS: Mapping[str, type[OwnOptions]] = {
     "convert": ConvertOptions,
     "export": ExportOptions,
     "predict": PredictOptions,
+    "calibrate": CalibrateOptions,
 }
 """Command -> the options that it alone takes."""
 
@@ -36,10 +38,11 @@ COMMANDS = {
     "convert": "turn released weights into a model folder",
     "export": "write a level of a checkpoint as a model of its own",
     "predict": "ask a model about images",
+    "calibrate": "choose how sure an exit must be to answer",
 }
 """Command -> what it does."""
 
-OF_A_RUN = ("train", "evaluate", "plan")
+OF_A_RUN = ("train", "evaluate", "plan", "calibrate")
 """Commands that take a run's options."""
 
 

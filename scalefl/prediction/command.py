@@ -20,6 +20,7 @@ from scalefl.console import Display
 from scalefl.contracts import InputError
 from scalefl.data.images import read_image
 from scalefl.inference import ExitRule
+from scalefl.prediction.calibration import read_calibration
 from scalefl.prediction.loaded import Answer, Answering, task_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -33,7 +34,7 @@ def predict(options: PredictOptions) -> None:
     folder, paths = Path(options.model), find_images(options.images)
     answers = None if options.open else options.answers or task_of(folder).answers
     model = Answering(folder, _device(options.use_gpu), options.question, answers)
-    rule = _rule(options, model.num_exits)
+    rule = _rule(options, folder, model.num_exits)
     found: list[tuple[Path, Answer]] = []
     unread: list[str] = []
     batches = [paths[at : at + options.batch_size] for at in range(0, len(paths), options.batch_size)]
@@ -89,9 +90,14 @@ def _read(paths: Sequence[Path], model: Answering, unread: list[str]) -> dict[Pa
     return pixels
 
 
-def _rule(options: PredictOptions, num_exits: int) -> ExitRule:
+def _rule(options: PredictOptions, folder: Path, num_exits: int) -> ExitRule:
+    """As typed; else as calibrated, for the candidates that the calibration is of."""
     if options.max_exit is not None and options.max_exit > num_exits:
         raise InputError(f"--max_exit: got {options.max_exit}; this model has exits 1 to {num_exits}.")
+    is_asked_for = options.exit_threshold is None and options.measure is None
+    if is_asked_for and not options.open and options.answers is None:
+        if (calibration := read_calibration(folder, num_exits)) is not None:
+            return calibration.rule(options.max_exit)
     threshold = NEVER if options.exit_threshold is None else options.exit_threshold
     return ExitRule(
         thresholds=(threshold,) * (num_exits - 1),

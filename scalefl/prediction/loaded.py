@@ -72,20 +72,20 @@ class Answering:
             raise InputError(f"--model {folder}: does not say what it was asked; expected --question TEXT.")
         self.question = chosen
         family = resolve("arch", task.arch)
-        self._model = family.load_model(str(folder)).eval().to(device)
-        self._processor, self._device = family.load_processor(str(folder)), device
+        self.model = family.load_model(str(folder)).eval().to(device)
+        self.processor, self.device = family.load_processor(str(folder)), device
         self.answers = answers
-        self._candidates = None
+        self.candidates = None
         if answers is not None:
-            self._candidates = Candidates(ids=tuple(tuple(self._processor.encode_answer(a)) for a in answers))
+            self.candidates = Candidates(ids=tuple(tuple(self.processor.encode_answer(a)) for a in answers))
 
     @property
     def num_exits(self) -> int:
-        return len(self._model.config.exit_layers)
+        return len(self.model.config.exit_layers)
 
     def prepare(self, image: Any) -> Tensor:
         """uint8 pixels at the model's size."""
-        return self._processor.resize(image)
+        return self.processor.resize(image)
 
     @torch.no_grad()
     def answer(self, pixels: Sequence[Tensor], rule: ExitRule, max_new_tokens: int) -> list[Answer]:
@@ -93,8 +93,8 @@ class Answering:
         started = time.perf_counter()
         shown = {str(number): image for number, image in enumerate(pixels)}
         examples = [Example(image_key=key, patient=key, question=self.question, answer="") for key in shown]
-        batcher, ids = Batcher(self._processor, examples, shown, self._device), range(len(pixels))
-        choices = answer(self._model, batcher, ids, self._candidates, rule)
+        batcher, ids = Batcher(self.processor, examples, shown, self.device), range(len(pixels))
+        choices = answer(self.model, batcher, ids, self.candidates, rule)
         if self.answers is not None:
             texts = [
                 self.answers[max(range(len(self.answers)), key=c.probabilities.__getitem__)] for c in choices
@@ -118,9 +118,9 @@ class Answering:
         for exit in sorted(set(exits)):
             ids = [number for number, own in enumerate(exits) if own == exit]
             inputs = batcher.prompts(ids)
-            out = self._model.generate(**inputs, exit=exit, max_new_tokens=max_new_tokens, do_sample=False)
+            out = self.model.generate(**inputs, exit=exit, max_new_tokens=max_new_tokens, do_sample=False)
             for number, row in zip(ids, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                texts[number] = self._processor.decode_answer(row)
+                texts[number] = self.processor.decode_answer(row)
         return texts
 
 
