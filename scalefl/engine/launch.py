@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from scalefl.config.derived import uses_gpu
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, State, Unfinished
 from scalefl.engine.board import Board
+from scalefl.engine.checks import asks_for_deepspeed, check_environment, check_launch, check_trackers
 from scalefl.engine.optimizers import check_optimizer
 from scalefl.engine.session import OneProcess, Session, hide_frozen
 from scalefl.engine.watchdog import Watchdog, to_resume
@@ -54,8 +54,8 @@ class Engine:
                 "--use_gpu: no CUDA GPU was found; leave the flag out (or --use_gpu 0) to run on the CPU, "
                 "or check the driver and that torch was installed with CUDA."
             )
-        _check_environment()
-        _check_trackers(run.report_to)
+        check_environment()
+        check_trackers(run.report_to)
         self._zero = _deepspeed(use_gpu)
         arguments: dict[str, Any] = {
             "cpu": not use_gpu,
@@ -67,7 +67,7 @@ class Engine:
         self._accelerator = Accelerator(
             **arguments, log_with=list(run.report_to) or None, project_dir=run.save_path
         )
-        self._check_launch(arguments["mixed_precision"], run.precision)
+        check_launch(self._accelerator, self._zero is not None, arguments["mixed_precision"], run.precision)
         if run.evaluate_from is None:
             offloaded = self._zero is not None and self._zero.offloads(self._accelerator, "optimizer")
             check_optimizer(run, self.device, offloaded=offloaded)
@@ -98,39 +98,6 @@ class Engine:
             ports = gather_object([board.port if board is not None else 0])
             Engine._board = board or Board(self.rank, self.num_processes, ports[0])
         return Engine._board
-
-    def _check_launch(self, precision: str, run_precision: str) -> None:
-        """What was launched must be what runs: a wrong launch trains on silently."""
-        accelerator = self._accelerator
-        wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        if accelerator.num_processes != wanted:
-            raise InputError(
-                f"launch: {wanted} processes were started, but each believes to be one of "
-                f"{accelerator.num_processes}; expected on CPUs: ACCELERATE_USE_CPU=true accelerate launch "
-                "--multi_gpu --num_processes N -m scalefl ..."
-            )
-        kind = accelerator.distributed_type
-        kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        if kind not in ((DistributedType.DEEPSPEED,) if self._zero is not None else kinds):
-            wished = "DeepSpeed" if self._zero is not None else "one process or DDP"
-            raise InputError(
-                f"launch: runs as {kind.value}; expected {wished}, as the launch asked for: "
-                "see the first lines of accelerate_configs/*.yaml for commands that work."
-            )
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked not in ("no", run_precision):
-            also = f", and pass --precision {asked}" if asked == "bf16" else ""
-            raise InputError(
-                f"launch: mixed_precision {asked}, but --precision is {run_precision}; expected --precision "
-                f"alone to decide: leave mixed_precision out of the launch and its config file{also}."
-            )
-        if accelerator.gradient_accumulation_steps != 1:
-            raise InputError(
-                f"launch: gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; expected it "
-                "left out: --micro_batch_size divides a step into passes."
-            )
-        if accelerator.mixed_precision != precision:
-            raise RuntimeError(f"accelerate runs in {accelerator.mixed_precision}, {precision} was asked for")
 
     @property
     def launch(self) -> str:
@@ -366,43 +333,12 @@ class Alone:
         return value
 
 
-def _asks_for_deepspeed() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-
-
 def _deepspeed(use_gpu: bool) -> Any:
     """The module that knows DeepSpeed, whose import takes seconds, where the launch asks for it."""
-    if not _asks_for_deepspeed():
+    if not asks_for_deepspeed():
         return None
     if not use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no other one
     from scalefl.engine import zero
 
     return zero
-
-
-def _check_environment() -> None:
-    """Several processes find each other by variables that a launcher sets."""
-    missing = [name for name in ("RANK", "MASTER_ADDR") if name not in os.environ]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and missing:
-        raise InputError(
-            f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not set; "
-            "unset it for one process, or start all with ACCELERATE_USE_CPU=true accelerate launch "
-            "--multi_gpu --num_processes N -m scalefl ..."
-        )
-    if _asks_for_deepspeed() and missing:
-        raise InputError(
-            f"launch: ACCELERATE_USE_DEEPSPEED is true, but {' and '.join(missing)} not set; unset it, or "
-            "start with accelerate launch --config_file accelerate_configs/zero2.yaml -m scalefl ..."
-        )
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Accelerate leaves out a tracker that is not installed without a word."""
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    for name in names:
-        if name not in (*installed, "all"):
-            raise InputError(
-                f"--report_to: got {name}, which is no installed tracker of Accelerate; installed: "
-                f"{', '.join(installed) or 'none'}; install it, or drop the option."
-            )
