@@ -383,6 +383,19 @@ def test_a_dry_run_launches_nothing(tmp_path, capsys):
     assert not (tmp_path / "run" / "jobs").exists() and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_dry_run_leaves_out_who_would_not_train(tmp_path, capsys):
+    """Dropout is drawn by seed and round, so it is known before."""
+    options = {**IN_JOBS, "dropout_rate": 0.5, "seed": 3}
+    forget_launch()
+    assert main(arguments(tmp_path, "--dry_run", **options)) == 0
+    shown = capsys.readouterr().out
+    start(tmp_path, **{**options, "executor": "sequential"})
+    (record,) = records(tmp_path / "run")
+    trained = {client["client"] for client in record["clients"]}
+    assert 0 < len(trained) < 4
+    assert {n for n in range(4) if f"client-{n:04}.a1.task.json" in shown} == trained
+
+
 class NoProcess:
     """In place of `subprocess.Popen`: records how it is started, and ends when it is told to."""
 
@@ -519,7 +532,7 @@ def test_resources_that_cannot_be_are_refused(tmp_path, capsys, content, line):
     forget_launch()
     assert main(arguments(tmp_path, "--level_resources", str(path), **IN_JOBS)) == 2
     assert line in capsys.readouterr().err
-    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "jobs").exists()
+    assert not [name for name in ("jobs", "run.json", "checkpoints") if (tmp_path / "run" / name).exists()]
 
 
 def test_what_cannot_be_merged_has_a_reason():

@@ -65,14 +65,14 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     _print_setup(display, federation)
     if run.dry_run:
         return _preview(display, federation, progress)
-    folder.write_config(lambda path: save_config(path, run, model_file, federation.base))
-    folder.drop_rounds_of_jobs(before=progress.round + 1 if run.executor == "jobs" else None)
-    engine.start_trackers(to_dict(run))
     gc.collect()
     gc.freeze()  # what lives as long as the run need not be searched each time an engine is torn down
     try:
         with StopSignal(engine) as stop:
-            loop = RoundLoop(federation, folder, display, stop)
+            loop = RoundLoop(federation, folder, display, stop)  # which may refuse: nothing is written yet
+            folder.write_config(lambda path: save_config(path, run, model_file, federation.base))
+            folder.drop_rounds_of_jobs(before=progress.round + 1 if run.executor == "jobs" else None)
+            engine.start_trackers(to_dict(run))
             while progress.round < run.num_rounds:
                 progress = loop.round(progress)
             results = _final_results(federation, folder, progress, stop)
@@ -234,7 +234,7 @@ def _preview(display: Display, federation: Federation, progress: Progress) -> No
     """What the next round would launch, without launching it; base and features are made as for a run."""
     trainer = trainer_of(federation, lambda engine: None, lambda *_: None)
     _, todo, _ = next_tasks(federation, progress, clock_costs(federation))
-    for line in Jobs(trainer, federation).preview(todo):
+    for line in Jobs(trainer, federation).preview(todo) if todo else ["no client of the round is to train"]:
         display.line(line)
 
 
