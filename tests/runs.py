@@ -172,6 +172,10 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | changes
 
 
+PEAK_KILOBYTES = "int(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])"
+"""In Python: the most memory that a process has taken; its `ru_maxrss` begins with that of whoever forked it."""
+
+
 class Job:
     """A command as a process of its own, its output in a file; leaving the block ends what is left of it."""
 

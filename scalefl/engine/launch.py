@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -110,7 +111,7 @@ class Engine:
         """Most bytes so far: of tensors on the GPU, or of this process on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+        return _peak_of_this_process()
 
     @property
     def shards_weights(self) -> bool:
@@ -331,6 +332,15 @@ class Alone:
                 raise Unfinished(cause)
             value = board.stop_asked()
         return value
+
+
+def _peak_of_this_process() -> int:
+    """Most bytes in memory; `getrusage` would begin with those of the process that forked this one."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * KIB
 
 
 def _deepspeed(use_gpu: bool) -> Any:
