@@ -173,7 +173,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 PEAK_KILOBYTES = "int(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])"
-"""In Python: the most memory that a process has taken; its `ru_maxrss` begins with that of whoever forked it."""
+"""In Python: the most memory of a process so far. `ru_maxrss` begins with that of whoever forked it."""
 
 
 class Job:

@@ -329,7 +329,7 @@ def test_a_job_of_two_processes(tmp_path, processes, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"tuning": "full"}, {"tuning": "lora", "quantization": "int8"}], ids=str)
-def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options):
+def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options, capsys):
     """Files are carried: the site sees neither the run's folder nor its data, the run not the site's."""
     own = knees(tmp_path / "own", {"train": 6})
     here = knees(tmp_path / "here", {"test": 5, "val": 5})
@@ -358,6 +358,12 @@ def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options):
             assert (
                 main(["client", "--task", str(at_site), "--data_root", str(own), "--out", str(answer)]) == 0
             )
+        for what, line in what_a_site_forgets(site, tasks[0].name, own):
+            forget_launch()
+            capsys.readouterr()
+            assert main(["client", "--task", *what]) == 2
+            (said,) = capsys.readouterr().err.splitlines()
+            assert line in said
         (tmp_path / "hidden data").rename(here)
         hidden.rename(tmp_path / "run")
         shown = "".join(path.read_text(errors="replace") for path in site.glob("client-*"))
@@ -367,10 +373,38 @@ def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options):
             answer = site / f"{task.name.split('.')[0]}.json"
             update = exchange.answer_path(task, "update")
             shutil.copy(answer.with_suffix(".safetensors"), folder)
-            shutil.copy(answer, update)
+            if task == tasks[0]:
+                shutil.copy(site / "client-0001.json", update)
+                job.wait_for(f"{update.name} answers another task; not taken, waiting for the right one")
+                shutil.copy(answer, update)
+                job.wait_for("client 0 (level 1) answered; 1 to go")
+            else:
+                content = json.loads(answer.read_text())
+                del content["digest"]
+                exchange.write_note(update, "update", {**content, "num_examples": 0})
+                job.wait_for("attempt 1 of 2: it was trained on no examples")
+                again = folder / "client-0001.a2.task.json"
+                forget_launch()
+                assert main(["client", "--task", str(again), "--data_root", str(own)]) == 0
         assert job.end() == 0, job.last_lines
     (record,) = records(tmp_path / "run")
     assert [client["examples"] for client in record["clients"]] == [6, 6]
+    assert [client["failures"] for client in record["clients"]] == [[], ["it was trained on no examples"]]
+
+
+def what_a_site_forgets(site, task, own):
+    """Arguments behind --task, and what is said, as one thing after the other is missing."""
+    folder = site / "jobs" / "round-0001"
+    path, data = str(folder / task), ["--data_root", str(own)]
+    yield [path], "--data_root: nothing given, and the run itself has no training images"
+    yield [path, *data, "--out", str(site / "no" / "a.json")], "a.json: its folder is not there"
+    (folder / "level-1.safetensors").write_bytes((folder / "level-1.safetensors").read_bytes()[:-9])
+    yield [path, *data], "level-1.safetensors is cut off, or has changed since it was written; expected the"
+    (folder / "level-1.safetensors").unlink()
+    yield [path, *data], "level-1.safetensors cannot be read"
+    shutil.copy(site.parent / "hidden" / "jobs" / "round-0001" / "level-1.safetensors", folder)
+    shutil.rmtree(site / "jobs" / "model")
+    yield [path, *data], "which is not there; carry the run's jobs/model/."
 
 
 def test_a_dry_run_launches_nothing(tmp_path, capsys):

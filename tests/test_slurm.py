@@ -398,6 +398,12 @@ def test_what_the_scripts_refuse():
     cases = {
         "no --save_path among the arguments": dry_run("single_node", "--", "--lr", "1", DRY_RUN="1"),
         "not in a SLURM job; expected sbatch": dry_run("single_node", "--", "--save-path=a"),
+        "PROCESSES: got 'abc'; expected a number from 1 on": dry_run(
+            "single_node", "--", "--save_path", "a", DRY_RUN="1", PROCESSES="abc"
+        ),
+        "ACCELERATE_CONFIG: no file no.yaml; expected one": dry_run(
+            "multi_node", "--", "--save_path", "a", DRY_RUN="1", ACCELERATE_CONFIG="no.yaml"
+        ),
         "nowhere/python: no such program; expected": dry_run(
             "multi_node", "--", "--save_path", "a", SCALEFL_PYTHON="nowhere/python"
         ),

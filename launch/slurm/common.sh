@@ -50,6 +50,9 @@ train_on_nodes() {
     local nodes processes cpus host=FIRST_HOST step launch
     nodes="${SLURM_JOB_NUM_NODES:-$(sed -n 's/^#SBATCH --nodes=\([0-9]*\).*/\1/p' "$0")}"
     processes="${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}"
+    [[ "$processes" =~ ^[1-9][0-9]*$ ]] || refuse "PROCESSES: got '$processes'; expected a number from 1 on"
+    [[ -z "${ACCELERATE_CONFIG:-}" || -f "$ACCELERATE_CONFIG" ]] || refuse "ACCELERATE_CONFIG: no file" \
+        "$ACCELERATE_CONFIG; expected one such as accelerate_configs/zero3.yaml"
     cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}"
     if on_cpu; then

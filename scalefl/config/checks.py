@@ -291,7 +291,10 @@ def _executor(run: RunConfig, asked_for: Collection[str]) -> Iterator[Finding]:
     of_jobs = ("job_launcher", "clients_per_job", "max_jobs", "level_resources", "dry_run")
     for name in of_jobs:
         if name in asked_for and getattr(run, name) not in (None, False) and run.executor != "jobs":
-            yield (name, "executor"), f"is of --executor jobs, which is {run.executor}; add it, or drop this."
+            yield (
+                (name, "executor"),
+                f"belongs to --executor jobs, and this run has {run.executor}; add it, or drop this.",
+            )
     if run.executor == "jobs" and run.base_store == "resident":
         yield (
             ("base_store", "executor"),
@@ -308,10 +311,11 @@ def _executor(run: RunConfig, asked_for: Collection[str]) -> Iterator[Finding]:
             ("data_here", "evalmode"),
             "got held_out, but --evalmode local asks which client holds what; expected global.",
         )
-    if run.min_clients > max(1, math.floor(run.sample_rate * run.num_clients + 0.5)):
+    cohort = max(1, math.floor(run.sample_rate * run.num_clients + 0.5))
+    if run.min_clients > cohort:
         yield (
             ("min_clients", "num_clients", "sample_rate"),
-            f"got {run.min_clients}, more than train in a round; expected fewer.",
+            f"got {run.min_clients}, but {cohort} train in a round; expected at most as many.",
         )
 
 

@@ -79,7 +79,7 @@ def read_note(path: Path, kind: str, *, answers: str | None = None) -> Note:
         raise BadFileError(f"{path.name} has changed since it was written")
     if (content["kind"], content["format"]) != (kind, FORMAT):
         raise BadFileError(
-            f"{path.name} is a {content['kind']} of format {content['format']}; expected {kind}, {FORMAT}"
+            f"{path.name} holds kind {content['kind']}, format {content['format']}, not {kind}, {FORMAT}"
         )
     if answers is not None and content.get("task") != answers:
         raise ForeignFileError(f"{path.name} answers another task")

@@ -186,6 +186,7 @@ class Desk:
         self.tickets: list[Ticket] = []
         self._ready: list[Ticket] = []
         self._running: list[Running] = []
+        self._told: set[str] = set()
 
     def admit(self, task: ClientTask) -> None:
         """Write a client's task, unless it was answered already, in a run that was killed."""
@@ -299,19 +300,32 @@ class Desk:
             note = exchange.read_note(update, "update", answers=ticket.digest)
             shapes = self._jobs._fed.store.models.slices[ticket.task.level].trainable_shapes
             problem = unusable(note.tensors(), shapes)
-        except ForeignFileError:
+            if note.content["num_examples"] < 1:
+                problem = "it was trained on no examples"
+        except ForeignFileError as error:
+            self._not_taken(str(error))
             return False
         except (BadFileError, KeyError, TypeError) as error:
             if self._run.job_launcher == "manual":  # somebody may still be copying it
+                self._not_taken(str(error))
                 return False
             problem = str(error)
         if problem is None:
             ticket.update = note
+            if self._run.job_launcher == "manual":
+                left = sum(other.update is None for other in self.tickets)
+                log.info("%s answered; %d to go", name_of(ticket.task), left)
         elif counts:
             self._failed(ticket, problem)
         else:
             update.unlink()
         return problem is None or counts
+
+    def _not_taken(self, why: str) -> None:
+        """Say once of a file why it is not merged; the right one is waited for."""
+        if self._run.job_launcher == "manual" and why not in self._told:
+            self._told.add(why)
+            log.warning("%s; not taken, waiting for the right one", why)
 
     def _failed(self, ticket: Ticket, cause: str) -> None:
         """Write down why, and give the task out again if it may be tried again."""
@@ -355,5 +369,6 @@ def _last_words(log: Path) -> str:
     except OSError:
         return ""
     own = [line for line in lines if line.startswith("scalefl: ")]
-    said = (own or lines)[-1:] if lines else []
-    return f": {said[0][:300]}" if said else ""
+    said = (own or lines)[-1][:300] if lines else ""
+    said = said.removeprefix("scalefl: ").removesuffix("; stopped; its job ends.")
+    return f": {said}" if said else ""

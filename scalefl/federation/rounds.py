@@ -200,7 +200,7 @@ class RoundLoop:
         kept = [c for c in clients if c["delivered"]]
         if not kept:
             log.warning("round %d: no client delivered; the model stays as it was", number)
-        losses = [(c["loss"], c["examples"]) for c in kept if c["loss"] is not None]
+        losses = [(c["loss"], c["examples"]) for c in kept if c["loss"] is not None and c["examples"]]
         slice_bytes = {
             level: self._fed.store.models.slice_bytes(level) for level in self._fed.store.models.slices
         }

@@ -140,6 +140,8 @@ def build(
 def check_launch(run: RunConfig, engine: Engine) -> None:
     """Refuse what this launch cannot do before data is read."""
     ranks_apart = resolve("executor", run.executor).splits
+    if run.executor == "jobs":
+        resolve("job_launcher", run.job_launcher)
     micro_batch_size(run, 1 if ranks_apart else engine.num_processes)
     holds_whole_base(run, engine.shards_weights)
     check_attention(run, engine.device.type, is_flash_attn_2_available())

@@ -20,7 +20,15 @@ from scalefl.config.derived import adjusts_logits, caches_features
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import from_dict
-from scalefl.contracts import ClientTask, ClientUpdate, DataSplits, Example, InputError, Outcome
+from scalefl.contracts import (
+    ClientTask,
+    ClientUpdate,
+    DataSplits,
+    Example,
+    InputError,
+    Outcome,
+    State,
+)
 from scalefl.data.images import decode_all
 from scalefl.engine.launch import Engine
 from scalefl.features import FeatureFiles, image_features
@@ -46,10 +54,12 @@ def work(options: ClientOptions) -> None:
     begun = time.time()
     tasks = [_read_task(Path(path)) for path in options.task]
     _check_together(tasks)
+    sent, model_folder = _carried(tasks[0])
+    if options.out is not None and not Path(options.out).absolute().parent.is_dir():
+        raise InputError(f"--out {options.out}: its folder is not there; expected one to write into.")
     run, model_file = _run_of(tasks[0], options)
     engine = Engine(run, next_step="its job ends")
     check_launch(run, engine)
-    model_folder = tasks[0].path.parent / tasks[0].content["model"]
     family = resolve("arch", run.arch)
     processor = family.load_processor(str(model_folder))
     store = client_store(run, model_file, family, model_folder, tasks[0].content, engine)
@@ -68,7 +78,7 @@ def work(options: ClientOptions) -> None:
             check_stop=stop.check,
             on_step=lambda task, step, steps, loss: None,
         )
-        _train(trainer, store, tasks, places, options.out, begun)
+        _train(trainer, store, tasks, sent, places, options.out, begun)
     engine.finish()
 
 
@@ -76,12 +86,13 @@ def _train(
     trainer: ClientTrainer,
     store: Store,
     tasks: Sequence[Note],
+    sent: State,
     places: Sequence[tuple[int, ...]],
     out: str | None,
     begun: float,
 ) -> None:
     level, times = tasks[0].content["level"], {"begun": begun, "ready": time.time()}
-    with Bench(trainer, store, level, tasks[0].tensors()) as bench:
+    with Bench(trainer, store, level, sent) as bench:
         for note, ids in zip(tasks, places, strict=True):
             if out is None and _is_answered(note):  # by an earlier start of this job, which was requeued
                 continue
@@ -133,6 +144,22 @@ def _read_task(path: Path) -> Note:
         ) from error
 
 
+def _carried(task: Note) -> tuple[State, Path]:
+    """What a task names beside itself: the level's trainable slice, and the model's folder."""
+    try:
+        sent = task.tensors()
+    except BadFileError as error:
+        raise InputError(
+            f"--task {task.path}: {error}; expected the file of the run beside it, carried whole."
+        ) from error
+    folder = task.path.parent / task.content["model"]
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"--task {task.path}: needs {folder}, which is not there; carry the run's jobs/model/."
+        )
+    return sent, folder
+
+
 def _check_together(tasks: Sequence[Note]) -> None:
     first = tasks[0].content
     for task in tasks[1:]:
@@ -150,6 +177,11 @@ def _run_of(task: Note, options: ClientOptions) -> tuple[RunConfig, ModelFile]:
         run = dataclasses.replace(run, use_gpu=options.use_gpu)
     if options.init_from is not None:
         content["origin"]["folder"] = options.init_from
+    if options.data_root is None and run.data_here == "held_out":
+        raise InputError(
+            "--data_root: nothing given, and the run itself has no training images (--data_here held_out); "
+            "expected the folder of this client's own."
+        )
     if options.data_root is not None:
         run = dataclasses.replace(run, data_root=options.data_root, data_here="train", use_valid=True)
     return run, from_dict(ModelFile, content["model_file"])
@@ -167,6 +199,8 @@ def _examples(
             f"{data.name}: {len(train)} training examples here, the task names number {needed[-1]}; expected "
             "the run's own data, or --data-root for those of this client alone."
         )
+    if not all(ids_of):
+        raise InputError(f"{data.name}: no training examples for the task; expected one or more.")
     at = {i: place for place, i in enumerate(needed)}
     return [train[i] for i in needed], [tuple(at[i] for i in ids) for ids in ids_of]
 
