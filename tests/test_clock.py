@@ -112,7 +112,7 @@ def test_those_who_do_not_deliver_are_not_trained(tmp_path):
         ("--client_flops 1e9 1e9", "--client_flops: got 2 numbers for 8 clients; expected one for all"),
         ("--client_flops 1e9 --level_speeds 1", "--level_speeds: got 1 numbers for 4 levels"),
         ("--dropout_rate 1", "--dropout_rate: got 1.0; expected a number at least 0 and below 1."),
-        ("--min_clients 9", "--min_clients: got 9, but 4 train in a round; expected at most"),
+        ("--min_clients 9", "--min_clients: got 9, but 8 train in a round; expected at most"),
         ("--max_jobs 2", "--max_jobs: belongs to --executor jobs, and this run has sequential;"),
         ("--executor jobs --base_store resident", "--base_store: got resident, but the processes of"),
         ("--data_here held_out", "--data_here: got held_out: clients bring their own data"),
