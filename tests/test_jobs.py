@@ -497,7 +497,7 @@ def test_a_file_that_is_not_what_was_written_is_never_read(tmp_path):
             exchange.read_note(path, "update")
     path.write_bytes(whole)
     for kind, answers, reason in (
-        ("task", None, "is a update"),
+        ("task", None, "holds kind update"),
         ("update", "another", "answers another task"),
     ):
         with pytest.raises(BadFileError, match=reason):

@@ -23,6 +23,7 @@ from test_two_processes import ROUNDING
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "launch" / "slurm"
+ZERO_3 = str(ROOT / "accelerate_configs" / "zero3.yaml")
 TOOL = (
     Path(os.environ.get("SCALEFL_TEST_TOOLS", ROOT.parent / "shared" / "tools")) / "slurm-on-one-machine.sh"
 )
@@ -358,8 +359,8 @@ def test_a_script_is_bash_and_short(script):
         ("multi_node", {}, "--num_machines 2 --num_processes 2 --multi_gpu"),
         (
             "multi_node",
-            {"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_ON_NODE": "8", "ACCELERATE_CONFIG": "a.yaml"},
-            "--num_machines 3 --num_processes 24 --config_file a.yaml",
+            {"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_ON_NODE": "8", "ACCELERATE_CONFIG": ZERO_3},
+            f"--num_machines 3 --num_processes 24 --config_file {ZERO_3}",
         ),
     ],
 )
