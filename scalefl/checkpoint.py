@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from scalefl.contracts import InputError, State
+from scalefl.models.files import os_error_number
 
 RECORD = "checkpoint.json"
 RANK_RECORD = "clients.json"
 WEIGHTS = "model.safetensors"
 SUMS = "sums.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,12 +202,6 @@ def _load_tensors(path: Path) -> State:
     if not path.is_file():  # safetensors' own error does not name the file
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return load_file(path)
-
-
-def os_error_number(error: BaseException) -> int | None:
-    """safetensors and tokenizers give the system's error, such as a full disk, in their text alone."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found and not isinstance(error, OSError) else None
 
 
 def _age(path: Path) -> tuple[int, bool, bool]:

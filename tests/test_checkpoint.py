@@ -62,6 +62,31 @@ def test_sums_in_mid_round_are_loaded_bit_for_bit(tmp_path):
     assert names(tmp_path) == ["round-0007", "round-0008"]
 
 
+def test_why_clients_failed_is_kept_until_they_are_tried_again(tmp_path):
+    partial = Partial(sums={}, clients=[], failures={"3": ["RuntimeError: a fault"]})
+    checkpoint.save(tmp_path, progress(7, partial=partial), 2, lambda folder: None)
+    assert load_latest(tmp_path).partial.failures == {"3": ["RuntimeError: a fault"]}
+
+
+def test_what_ranks_had_of_a_round_is_added_up_once(tmp_path):
+    """Sums of other ranks' clients, of a rank whose clients all failed too; not those that rank 0 took in."""
+
+    def part(value, client):
+        sums = {} if value is None else {"change": weights(value)}
+        return Partial(sums=sums, clients=[{"client": client}])
+
+    known = progress(7, partial=part(1, 0))
+    for rank, (value, client) in enumerate([(2, 1), (None, 2), (40, 0)], start=1):
+        checkpoint.save_rank_part(tmp_path, 8, rank, part(value, client))
+    checkpoint.save_rank_part(tmp_path, 9, 1, part(500, 9))
+    whole = checkpoint.with_rank_parts(tmp_path, known)
+    assert [record["client"] for record in whole.partial.clients] == [0, 1, 2]
+    assert torch.equal(whole.partial.sums["change"]["a"], torch.full((2, 3), 3.0))
+    without = checkpoint.with_rank_parts(tmp_path, progress(7))
+    assert [record["client"] for record in without.partial.clients] == [1, 2, 0]
+    assert torch.equal(without.partial.sums["change"]["a"], torch.full((2, 3), 42.0))
+
+
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     best = {"round": 2, "value": 0.9}
     for number in range(1, 7):

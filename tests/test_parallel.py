@@ -232,6 +232,16 @@ def test_what_ranks_cannot_mend_ends_the_run_resumably(tmp_path, sequential, kin
 
 
 @pytest.mark.slow
+def test_who_has_finished_is_not_lost(tmp_path):
+    """Rank 0 writes for longer than the silence after which it gives up on a rank."""
+    more = {**OPTIONS, "num_rounds": 1, "tuning": "full", "executor": "parallel"}
+    fault = faulty(tmp_path, "slow end", seconds=9, silence=3.0)
+    with launched(tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **more)], **fault) as job:
+        assert job.end() == 0, job.last_lines
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_client_that_hangs_in_one_process(tmp_path, sequential):
     """What was saved in mid-round is not trained again."""
     options = {"tuning": "full", "dropout_rate": 0.0}

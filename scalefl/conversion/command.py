@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from scalefl.config.convertoptions import ConvertOptions
+from scalefl.config.modelfile import ModelFile
 from scalefl.console import Display
 from scalefl.contracts import InputError, State
 from scalefl.conversion.minigptv2 import Released
@@ -44,6 +45,32 @@ def told(released: Released) -> Iterator[str]:
     for what, names in (("not used", released.unused), ("missing, starts anew", released.started_anew)):
         alike = Counter(re.sub(r"\d+", "*", name) for name in names)
         yield from (f"{what}: {name}" + f" ({count} of them)" * (count > 1) for name, count in alike.items())
+
+
+def of_model_file(model_file: ModelFile, lora_alpha: float) -> ConvertOptions:
+    """What upstream's own keys say. Raises InputError where they do not name files of this machine."""
+    named = {key: getattr(model_file, key) for key in ("llama_model", "vit_model", "ckpt")}
+    problems = [
+        f"{model_file.name}: model.{key}: got {value!r}; expected the path of {what}, for this machine "
+        "downloads nothing."
+        for (key, value), what in zip(
+            named.items(), ("a Llama-2 folder", "eva_vit_g.pth", "minigptv2_checkpoint.pth"), strict=True
+        )
+        if value is None or not Path(value).exists()
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+    return ConvertOptions(
+        llama=model_file.llama_model,
+        vit=model_file.vit_model,
+        ckpt=model_file.ckpt,
+        image_size=model_file.image_size,
+        vit_heads=model_file.vision["num_attention_heads"],
+        lora_alpha=lora_alpha,
+        prompt_template=model_file.prompt_template,
+        end_sym=model_file.end_sym,
+        max_txt_len=model_file.max_txt_len,
+    )
 
 
 def write_model(released: Released, folder: Path) -> None:

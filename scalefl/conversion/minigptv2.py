@@ -310,32 +310,6 @@ MOST_PROBLEMS = 20
 """Lines of one refusal."""
 
 
-def of_model_file(model_file: ModelFile, lora_alpha: float) -> ConvertOptions:
-    """What upstream's own keys say. Raises InputError where they do not name files of this machine."""
-    named = {key: getattr(model_file, key) for key in ("llama_model", "vit_model", "ckpt")}
-    problems = [
-        f"{model_file.name}: model.{key}: got {value!r}; expected the path of {what}, for this machine "
-        "downloads nothing."
-        for (key, value), what in zip(
-            named.items(), ("a Llama-2 folder", "eva_vit_g.pth", "minigptv2_checkpoint.pth"), strict=True
-        )
-        if value is None or not Path(value).exists()
-    ]
-    if problems:
-        raise InputError("\n".join(problems))
-    return ConvertOptions(
-        llama=model_file.llama_model,
-        vit=model_file.vit_model,
-        ckpt=model_file.ckpt,
-        image_size=model_file.image_size,
-        vit_heads=model_file.vision["num_attention_heads"],
-        lora_alpha=lora_alpha,
-        prompt_template=model_file.prompt_template,
-        end_sym=model_file.end_sym,
-        max_txt_len=model_file.max_txt_len,
-    )
-
-
 def legacy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """Llama's tokenizer as upstream uses it: every text between special tokens begins with a space.
 

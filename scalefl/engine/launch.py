@@ -296,6 +296,7 @@ class Engine:
         self._accelerator.log(dict(values), step=step)
 
     def finish(self) -> None:
+        self.barrier()  # until rank 0 is done as well, it must hear of the others
         self.watchdog.stop()
         self.barrier()  # rank 0, and the board with it, goes when no rank looks at it any more
         self._accelerator.end_training()

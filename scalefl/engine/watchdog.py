@@ -48,7 +48,8 @@ class Watchdog:
         self._client: tuple[str, float] | None = None
         self._cause, self._signum = "", 0
         self._leave_at: float | None = None
-        self._heard: dict[int, tuple[int, float]] = {}
+        self._heard: dict[int, tuple[int, int]] = {}
+        """By rank: how often it said that it lives, and how many looks ago it last said so."""
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._started_by, self._launcher = os.environ.get(PARENT), os.getppid()
@@ -116,7 +117,10 @@ class Watchdog:
             self._prepare_to_leave(str(gone))
 
     def _look_at_ranks(self, board: Board) -> None:
-        """Every rank says that it lives; rank 0 listens, on its own clock."""
+        """Every rank says that it lives; rank 0 listens.
+
+        It counts its own looks, not seconds: a launch that was suspended has not been silent.
+        """
         with contextlib.suppress(Unfinished):  # rank 0 is gone, which was seen already
             board.beat()
             if self._rank == 0:
@@ -124,10 +128,9 @@ class Watchdog:
                     self._listen(board, rank, beats)
 
     def _listen(self, board: Board, rank: int, beats: int) -> None:
-        before, since = self._heard.get(rank, (None, 0.0))
-        if beats != before:
-            self._heard[rank] = (beats, time.monotonic())
-        elif time.monotonic() - since > SILENCE_SECONDS:
+        before, looks = self._heard.get(rank, (None, 0))
+        self._heard[rank] = (beats, looks + 1 if beats == before else 0)
+        if self._heard[rank][1] * SECONDS_BETWEEN_LOOKS > SILENCE_SECONDS:
             board.give_up(f"rank {rank} has not been heard of for {SILENCE_SECONDS:.0f} s")
 
     def _leave(self) -> None:

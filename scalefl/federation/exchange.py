@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scalefl.checkpoint import os_error_number
 from scalefl.contracts import State
+from scalefl.models.files import os_error_number
 
 FORMAT = 1
 

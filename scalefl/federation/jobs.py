@@ -161,7 +161,9 @@ class Jobs:
         temporary.mkdir(parents=True)
         self._fed.store.models.config.save_pretrained(temporary)
         self._fed.processor.save_pretrained(temporary)
-        if isinstance(features := self._fed.batchers["train"].features, FeatureFiles):
+        features = self._fed.batchers["train"].features
+        # Names of images: for processes that read the run's own features, not for a folder that is carried.
+        if isinstance(features, FeatureFiles) and self._run.job_launcher != "manual":
             features.write_index(temporary / FEATURES)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -287,25 +289,12 @@ class Desk:
         An answer that is no good is a failure, unless it does not count: then it goes, and is none.
         """
         assert ticket.file is not None
-        failure = exchange.answer_path(ticket.file, "failure")
-        update = exchange.answer_path(ticket.file, "update")
         try:
-            if failure.is_file():
-                self._failed(
-                    ticket, exchange.read_note(failure, "failure", answers=ticket.digest).content["cause"]
-                )
-                return True
-            if not update.is_file():
+            note = self._note(ticket, "failure") or self._note(ticket, "update")
+            if note is None:
                 return False
-            note = exchange.read_note(update, "update", answers=ticket.digest)
-            shapes = self._jobs._fed.store.models.slices[ticket.task.level].trainable_shapes
-            problem = unusable(note.tensors(), shapes)
-            if note.content["num_examples"] < 1:
-                problem = "it was trained on no examples"
-        except ForeignFileError as error:
-            self._not_taken(str(error))
-            return False
-        except (BadFileError, KeyError, TypeError) as error:
+            problem = self._problem(ticket, note)
+        except (BadFileError, OSError, KeyError, TypeError) as error:
             if self._run.job_launcher == "manual":  # somebody may still be copying it
                 self._not_taken(str(error))
                 return False
@@ -318,8 +307,30 @@ class Desk:
         elif counts:
             self._failed(ticket, problem)
         else:
-            update.unlink()
+            exchange.answer_path(ticket.file, "update").unlink(missing_ok=True)
         return problem is None or counts
+
+    def _note(self, ticket: Ticket, kind: str) -> Note | None:
+        """A client's answer of this kind, if there is one to this very task."""
+        assert ticket.file is not None
+        path = exchange.answer_path(ticket.file, kind)
+        try:
+            return exchange.read_note(path, kind, answers=ticket.digest) if path.is_file() else None
+        except ForeignFileError as error:
+            self._not_taken(str(error))
+            return None
+
+    def _problem(self, ticket: Ticket, note: Note) -> str | None:
+        """Why a client, or its update, failed; None for an update that can be merged."""
+        content = note.content
+        if content["kind"] == "failure":
+            return str(content["cause"])
+        if not isinstance(content["metrics"], dict) or not isinstance(content["batches"], str):
+            return f"{note.path.name} tells no metrics or batches"
+        if content["num_examples"] < 1:
+            return "it was trained on no examples"
+        shapes = self._jobs._fed.store.models.slices[ticket.task.level].trainable_shapes
+        return unusable(note.tensors(), shapes)
 
     def _not_taken(self, why: str) -> None:
         """Say once of a file why it is not merged; the right one is waited for."""

@@ -236,7 +236,7 @@ class RoundLoop:
         partial = Partial(sums=merge.sums, clients=clients, failures=self._failed_before)
         if self._engine.is_main:
             self._save(dataclasses.replace(before, partial=partial))
-        elif self._executor.splits and merge.sums:
+        elif self._executor.splits and (merge.sums or clients):
             checkpoint.save_rank_part(self._folder.checkpoints, before.round + 1, self._engine.rank, partial)
 
     def _save(self, progress: Progress) -> None:

@@ -53,9 +53,6 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         check_same_parameters(progress.state, federation.initial_state, run.resume or "")
         display.line(f"resuming after round {progress.round} of {run.num_rounds}")
     federation = dataclasses.replace(federation, initial_state={})  # else it outlives the first round
-    _settle_rank_parts(federation, folder, progress)
-    if progress.partial is not None and not engine.is_main:
-        progress = dataclasses.replace(progress, partial=dataclasses.replace(progress.partial, sums={}))
     results = folder.read_results()
     if results is not None and results["rounds"] == progress.round >= run.num_rounds:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
@@ -65,6 +62,9 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     _print_setup(display, federation)
     if run.dry_run:
         return _preview(display, federation, progress)
+    _settle_rank_parts(federation, folder, progress)
+    if progress.partial is not None and not engine.is_main:
+        progress = dataclasses.replace(progress, partial=dataclasses.replace(progress.partial, sums={}))
     gc.collect()
     gc.freeze()  # what lives as long as the run need not be searched each time an engine is torn down
     try:
@@ -232,9 +232,11 @@ def _how_it_trains(federation: Federation) -> str:
 
 def _preview(display: Display, federation: Federation, progress: Progress) -> None:
     """What the next round would launch, without launching it; base and features are made as for a run."""
-    trainer = trainer_of(federation, lambda engine: None, lambda *_: None)
+    jobs = Jobs(trainer_of(federation, lambda engine: None, lambda *_: None), federation)
+    if progress.round >= federation.run.num_rounds:
+        return display.line("no round is left: nothing would be launched")
     _, todo, _ = next_tasks(federation, progress, clock_costs(federation))
-    for line in Jobs(trainer, federation).preview(todo) if todo else ["no client of the round is to train"]:
+    for line in jobs.preview(todo) if todo else ["no client of the round is left: nothing would be launched"]:
         display.line(line)
 
 

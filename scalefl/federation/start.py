@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +20,13 @@ from scalefl.config.options import RunConfig
 from scalefl.config.origin import base_of_part
 from scalefl.config.saved import CONFIG_FILE, BaseFiles, saved_base
 from scalefl.contracts import InputError, State
-from scalefl.conversion.command import write_model
-from scalefl.conversion.minigptv2 import Released, of_model_file
+from scalefl.conversion.command import of_model_file, write_model
+from scalefl.conversion.minigptv2 import Released
 from scalefl.engine.launch import Engine
 from scalefl.models.adapters import saved_adapters
 from scalefl.models.build import ModelSource, check_weights, new_model
 from scalefl.models.family import ModelFamily
-from scalefl.models.files import TensorFiles
+from scalefl.models.files import TensorFiles, new_folder
 from scalefl.models.holding import DTYPES
 from scalefl.models.store import Store
 
@@ -250,18 +248,9 @@ def _is_made_from(folder: Path, recipe: dict[str, Any]) -> bool:
 
 
 def _write_base(folder: Path, source: ModelSource, device: torch.device, recipe: dict[str, Any]) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with new_folder(folder) as temporary:
         source.write(temporary, device)
         (temporary / MADE_FROM).write_text(json.dumps(recipe, indent=1), "utf-8")
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if (number := checkpoint.os_error_number(error)) is not None:
-            raise OSError(number, os.strerror(number), str(folder)) from error
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def _from_part(

@@ -21,6 +21,7 @@ from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import from_dict
 from scalefl.contracts import (
+    ClientFailure,
     ClientTask,
     ClientUpdate,
     DataSplits,
@@ -28,12 +29,13 @@ from scalefl.contracts import (
     InputError,
     Outcome,
     State,
+    Unfinished,
 )
 from scalefl.data.images import decode_all
 from scalefl.engine.launch import Engine
 from scalefl.features import FeatureFiles, image_features
 from scalefl.federation import exchange
-from scalefl.federation.attempts import Bench
+from scalefl.federation.attempts import Bench, name_of
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.exchange import BadFileError, Note
 from scalefl.federation.jobs import FEATURES
@@ -78,8 +80,15 @@ def work(options: ClientOptions) -> None:
             check_stop=stop.check,
             on_step=lambda task, step, steps, loss: None,
         )
-        _train(trainer, store, tasks, sent, places, options.out, begun)
+        failed = _train(trainer, store, tasks, sent, places, options, begun)
     engine.finish()
+    if failed and _by_hand(options):
+        raise Unfinished("; ".join(failed))
+
+
+def _by_hand(options: ClientOptions) -> bool:
+    """Whether a person started it, who wants to know; a run reads the answers themselves."""
+    return options.out is not None or options.data_root is not None
 
 
 def _train(
@@ -88,9 +97,12 @@ def _train(
     tasks: Sequence[Note],
     sent: State,
     places: Sequence[tuple[int, ...]],
-    out: str | None,
+    options: ClientOptions,
     begun: float,
-) -> None:
+) -> list[str]:
+    """Answer every task; what became of those that failed."""
+    failed: list[str] = []
+    out = None if options.out is None else Path(options.out)
     level, times = tasks[0].content["level"], {"begun": begun, "ready": time.time()}
     with Bench(trainer, store, level, sent) as bench:
         for note, ids in zip(tasks, places, strict=True):
@@ -103,7 +115,12 @@ def _train(
             outcome = bench.train(task, note.content["lr"], micro_batch_size=micro)
             if trainer.engine.is_main:
                 times["trained"] = time.time()
-                _answer(note, outcome, Path(out) if out is not None else None, times)
+                path = _answer(note, outcome, out, times)
+                if _by_hand(options):
+                    log.info("%s: the answer to carry back is %s, with its tensors", name_of(task), path)
+            if isinstance(outcome, ClientFailure):
+                failed.append(f"{name_of(task)} failed: {outcome.failures[-1]}")
+    return failed
 
 
 def _is_answered(note: Note) -> bool:
@@ -114,8 +131,8 @@ def _is_answered(note: Note) -> bool:
     return True
 
 
-def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, float]) -> None:
-    """Write it; `times` are seconds since the epoch, for whoever looks at where time goes."""
+def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, float]) -> Path:
+    """Write it, and say where; `times` are seconds since the epoch, for whoever looks at where time goes."""
     answered = {"task": note.digest, "client": note.content["client"], "round": note.content["round"]}
     if isinstance(outcome, ClientUpdate):
         path = out or exchange.answer_path(note.path, "update")
@@ -130,8 +147,10 @@ def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, 
         exchange.write_note(path, "update", {**answered, **content})
     else:
         cause = outcome.failures[-1]
-        path = exchange.answer_path(note.path, "failure")
+        beside = note.path if out is None else out
+        path = exchange.answer_path(beside, "failure")
         exchange.write_note(path, "failure", {**answered, "cause": cause})
+    return path
 
 
 def _read_task(path: Path) -> Note:
@@ -171,7 +190,9 @@ def _run_of(task: Note, options: ClientOptions) -> tuple[RunConfig, ModelFile]:
     """The run's options, but for what this machine has of its own."""
     content = task.content
     run = from_dict(RunConfig, content["run"])
-    here = options.save_path or (run.save_path if Path(run.save_path).is_dir() else str(task.path.parent))
+    its_own = Path(run.save_path).resolve() / "jobs"  # else a site's folder of that name is another run's
+    is_here = task.path.resolve().is_relative_to(its_own)
+    here = options.save_path or (run.save_path if is_here else str(task.path.parent))
     run = dataclasses.replace(run, save_path=here, client_retries=0, executor="sequential", report_to=())
     if options.use_gpu is not None:
         run = dataclasses.replace(run, use_gpu=options.use_gpu)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -104,17 +106,29 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
+def os_error_number(error: BaseException) -> int | None:
+    """safetensors and tokenizers give the system's error, such as a full disk, in their text alone."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and not isinstance(error, OSError) else None
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` at the end of the block; after an error nothing is left."""
+    """A folder to fill, which takes the place of `folder` at the end of the block.
+
+    After an error nothing is left of it; one of the system's, such as a full disk, is an OSError.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (number := os_error_number(error)) is not None:
+            raise OSError(number, os.strerror(number), str(folder)) from error
         raise
 
 

@@ -96,9 +96,7 @@ class Answering:
         batcher, ids = Batcher(self.processor, examples, shown, self.device), range(len(pixels))
         choices = answer(self.model, batcher, ids, self.candidates, rule)
         if self.answers is not None:
-            texts = [
-                self.answers[max(range(len(self.answers)), key=c.probabilities.__getitem__)] for c in choices
-            ]
+            texts = [_likeliest(self.answers, choice.probabilities) for choice in choices]
         else:
             texts = self._written(batcher, [choice.exit for choice in choices], max_new_tokens)
         milliseconds = 1000 * (time.perf_counter() - started) / len(pixels)

@@ -3,7 +3,8 @@
 `SCALEFL_FAULT`, a JSON object, says which: `client` (or the first one of `rank`) and `round`, whose training
 is hit; `kind`, what happens; `times`, how many attempts are hit, counted over all processes in files of the
 folder `marks`; `unseen`, that the client's own check is passed; `silence`, after how many seconds a rank that
-says nothing is lost. Of kind `slow save` no client is hit: a checkpoint takes `seconds`.
+says nothing is lost. Of kinds `slow save` and `slow end` no client is hit: a checkpoint, or the results, take
+`seconds`.
 """
 
 import json
@@ -35,13 +36,20 @@ def _install(fault: dict) -> None:
     from scalefl.engine import watchdog
     from scalefl.federation import exchange
     from scalefl.federation.client import ClientTrainer
+    from scalefl.federation.records import RunFolder
 
+    watchdog.SILENCE_SECONDS = fault.get("silence", watchdog.SILENCE_SECONDS)
+    if fault["kind"] == "slow end":
+        results = RunFolder.write_results
+        RunFolder.write_results = lambda self, content: (
+            time.sleep(fault["seconds"] if self._writes else 0) or results(self, content)
+        )
+        return
     if fault["kind"] == "slow save":
         save = checkpoint.save
         checkpoint.save = lambda *args: time.sleep(fault["seconds"]) or save(*args)
         return
 
-    watchdog.SILENCE_SECONDS = fault.get("silence", watchdog.SILENCE_SECONDS)
     train, write_note = ClientTrainer.train, exchange.write_note
 
     rank = int(os.environ.get("RANK", "0"))
