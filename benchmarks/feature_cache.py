@@ -140,8 +140,6 @@ class Epochs:
             batcher=fed.batchers["train"],
             answer_ids=None,
             vocab_size=fed.store.models.vocab_size,
-            check_stop=lambda engine: None,
-            on_step=lambda *_: None,
         )
 
     def one(self) -> float:

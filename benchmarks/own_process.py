@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from scalefl.contracts import ClientTask
 from scalefl.data.images import decode_all
 from scalefl.features import FEATURE_BATCH, image_features
-from scalefl.federation.client import ClientTrainer
+from scalefl.federation.rounds import trainer_of
 from scalefl.federation.setup import Federation
 
 
@@ -38,18 +38,6 @@ def peak_of_a_client(federation: Federation, level: int) -> int:
     update = trainer_of(federation).train(session, task, received, run.lr)
     assert update.metrics["steps"] == run.local_steps
     return device_peak(store.device) + base
-
-
-def trainer_of(federation: Federation) -> ClientTrainer:
-    return ClientTrainer(
-        run=federation.run,
-        engine=federation.engine,
-        batcher=federation.batchers["train"],
-        answer_ids=None,
-        vocab_size=federation.store.models.vocab_size,
-        check_stop=lambda engine: None,
-        on_step=lambda *_: None,
-    )
 
 
 def peak_of_features(federation: Federation) -> int:

@@ -93,7 +93,8 @@ def save_rank_part(folder: Path, round: int, rank: int, partial: Partial) -> Non
 
     def write(temporary: Path) -> None:
         _save_sums(partial.sums, temporary)
-        (temporary / RANK_RECORD).write_text(json.dumps(partial.clients))
+        record = {"clients": partial.clients, "failures": partial.failures}
+        (temporary / RANK_RECORD).write_text(json.dumps(record))
 
     _replace(folder / f"rank-{rank:04d}-of-round-{round:04d}", write)
 
@@ -107,7 +108,8 @@ def rank_parts(folder: Path, progress: Progress) -> list[Path]:
 def with_rank_parts(folder: Path, progress: Progress) -> Progress:
     """The progress and what other ranks had of its round, unless it is in there already."""
     for path in rank_parts(folder, progress):
-        clients = json.loads((path / RANK_RECORD).read_text(encoding="utf-8"))
+        record = json.loads((path / RANK_RECORD).read_text(encoding="utf-8"))
+        clients = record["clients"]
         partial = progress.partial or Partial(sums={}, clients=[])
         known = {record["client"] for record in partial.clients}
         if known.isdisjoint(record["client"] for record in clients):
@@ -116,7 +118,11 @@ def with_rank_parts(folder: Path, progress: Progress) -> Progress:
                 of_kind = sums.setdefault(kind, {})
                 for name, tensor in part.items():
                     of_kind[name] = of_kind[name] + tensor if name in of_kind else tensor
-            partial = dataclasses.replace(partial, sums=sums, clients=[*partial.clients, *clients])
+            partial = Partial(
+                sums=sums,
+                clients=[*partial.clients, *clients],
+                failures={**partial.failures, **record["failures"]},
+            )
             progress = dataclasses.replace(progress, partial=partial)
     return progress
 
@@ -211,6 +217,11 @@ def _age(path: Path) -> tuple[int, bool, bool]:
     return number, not name.endswith("-part"), not path.name.startswith(".")
 
 
+def _round_of_part(path: Path) -> int:
+    """Of what a rank left, also under a temporary name: `.rank-0001-of-round-0008.tmp`."""
+    return int(path.name.rpartition("-")[2].partition(".")[0])
+
+
 def _prune(folder: Path, progress: Progress, keep_last: int) -> None:
     best = f"round-{progress.best['round']:04d}" if progress.best else None
     whole = [p for p in folder.glob("round-*") if p.name != best and not p.name.endswith("-part")]
@@ -218,7 +229,7 @@ def _prune(folder: Path, progress: Progress, keep_last: int) -> None:
     if progress.partial is None:
         surplus += folder.glob("round-*-part")
         # Of the next round other ranks may have something already.
-        surplus += (p for p in folder.glob("*rank-*") if int(p.name.split("-")[-1][:4]) <= progress.round)
+        surplus += (p for p in folder.glob("*rank-*") if _round_of_part(p) <= progress.round)
     surplus += folder.glob(".round-*")
     for path in surplus:
         shutil.rmtree(path, ignore_errors=True)

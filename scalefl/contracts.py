@@ -106,8 +106,6 @@ class ClientUpdate:
     """`loss` (mean training loss per answer token), `steps`, `seconds`."""
     batches: str = ""
     """Digest of which examples it trained on, in their order and in their steps."""
-    failures: tuple[str, ...] = ()
-    """Why earlier attempts at the same task failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +115,6 @@ class ClientFailure:
     client: int
     level: int
     num_examples: int
-    failures: tuple[str, ...]
-    """Why each attempt failed."""
 
 
 Outcome = ClientUpdate | ClientFailure

@@ -167,8 +167,6 @@ class OneClient:
             batcher=self.batcher,
             answer_ids=self.answers,
             vocab_size=self.fed.store.models.vocab_size,
-            check_stop=lambda engine: None,
-            on_step=lambda *_: None,
         )
 
     def task(self, count: int = 10, client: int = 0) -> ClientTask:

@@ -1,6 +1,7 @@
 """The executor itself: one sub-model per level and round, the same updates with and without recomputation."""
 
 import pytest
+import torch
 from plain import OneClient
 from runs import federation, largest_difference, records, start, state
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -73,6 +74,25 @@ class HalfWay(CoverageMean):
         return {name: (merged[name] + before) / 2 for name, before in self._global_state.items()}
 
 
+class Counting(CoverageMean):
+    """For `--aggregation test_executor:Counting`: begins with a sum of its own, which a checkpoint keeps."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.sums["updates"] = {"count": torch.zeros(())}
+
+    def add(self, update):
+        super().add(update)
+        self.sums["updates"]["count"] += 1
+
+    def finish(self):
+        counted.append(int(self.sums["updates"]["count"]))
+        return super().finish()
+
+
+counted: list[int] = []
+
+
 def test_an_executor_of_ones_own_trains(tmp_path):
     """The order of clients does not matter, so the result is the same; the records show the order."""
     (tmp_path / "own").mkdir()
@@ -91,3 +111,9 @@ def test_an_aggregation_of_ones_own_merges(tmp_path):
     expected = {name: (tensor + before[name]) / 2 for name, tensor in state(plain, 1).items()}
     assert largest_difference(state(own, 1), expected) == 0
     assert largest_difference(state(plain, 1), before) > 100 * SUM_ORDER
+
+
+def test_an_aggregation_of_ones_own_keeps_its_sums(tmp_path):
+    counted.clear()
+    start(tmp_path, "--aggregation", "test_executor:Counting", num_rounds=2)
+    assert counted == [4, 4]

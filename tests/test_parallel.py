@@ -161,10 +161,14 @@ def test_ranks_killed_at_random_moments(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_end_without_their_launcher(tmp_path):
+@pytest.mark.parametrize("when", ["as they start", "as they train"])
+def test_ranks_end_without_their_launcher(tmp_path, when):
     more = {**OPTIONS, "num_epoch": 5000, "executor": "parallel", "print_freq": 1}
     with launched(tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **more)]) as job:
-        job.wait_for("step 1/")
+        if when == "as they start":
+            job.wait_until(lambda: len(job.running()) == 3)
+        else:
+            job.wait_for("step 1/")
         os.kill(job.process.pid, signal.SIGKILL)
         end = time.monotonic() + 30
         while job.running() and time.monotonic() < end:
@@ -196,25 +200,50 @@ def test_a_client_that_fails_is_tried_again(tmp_path, sequential, executor, time
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "fault", "options", "cause"),
+    ("kind", "fault", "options", "cause", "code"),
     [
         (
             "sleep",
             {},
             {"executor": "parallel", "client_timeout": 5.0},
             "for longer than --client_timeout 5",
+            75,
         ),
-        ("raise", {}, {"executor": "sequential"}, "RuntimeError: a fault"),
+        ("raise", {}, {"executor": "sequential"}, "RuntimeError: a fault", 75),
         (
             "freeze",
             {"rank": 1, "silence": 3.0},
             {"executor": "parallel"},
             "rank 1 has not been heard of for 3 s",
+            75,
+        ),
+        (
+            "freeze",
+            {"rank": 0, "silence": 3.0},
+            {"executor": "parallel"},
+            "rank 0 has not been heard of for 3 s",
+            75,
+        ),
+        (
+            "full disk",
+            {"rank": 1},
+            {"executor": "parallel"},
+            "rank 1: CHECKPOINTS: No space left on device",
+            2,
+        ),
+        (
+            "raise",
+            {"times": 9},
+            {"executor": "parallel", "client_retries": 0, "min_clients": 5},
+            "4 client(s) delivered, --min_clients is 5; the last failure: RuntimeError: a fault",
+            75,
         ),
     ],
-    ids=["one hangs, apart", "one of two fails, together", "one is lost"],
+    ids=["one hangs", "one of two fails", "one is lost", "the first is lost", "no space", "too few"],
 )
-def test_what_ranks_cannot_mend_ends_the_run_resumably(tmp_path, sequential, kind, fault, options, cause):
+def test_what_ranks_cannot_mend_ends_the_run_resumably(
+    tmp_path, sequential, kind, fault, options, cause, code
+):
     """In one line. Of two that train a client together, the other waits in a collective for the one that
     failed.
     """
@@ -225,8 +254,9 @@ def test_what_ranks_cannot_mend_ends_the_run_resumably(tmp_path, sequential, kin
         assert job.end() != 0
         assert job.running() == []
     (line,) = [text for text in job.output.splitlines() if text.startswith("scalefl:")]
+    cause = cause.replace("CHECKPOINTS", str(tmp_path / "run" / "checkpoints"))
     assert cause in line and line.endswith(f"go on with `scalefl train --resume {tmp_path / 'run'}`.")
-    assert "exitcode: 75" in job.output.replace(" ", "").replace(":", ": ")
+    assert f"exitcode: {code}" in job.output.replace(" ", "").replace(":", ": ")
     assert resume(tmp_path / "run", "--executor", "sequential") == 0
     assert largest_difference(state(tmp_path / "run", 2), state(sequential(**tuning), 2)) <= ROUNDING
 
@@ -239,6 +269,18 @@ def test_who_has_finished_is_not_lost(tmp_path):
     with launched(tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **more)], **fault) as job:
         assert job.end() == 0, job.last_lines
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_signal_waits_for_the_checkpoint_of_one_process(tmp_path):
+    """Nobody kills it, whatever else its watchdog is there for."""
+    more = {**OPTIONS, "num_epoch": 5000, "client_timeout": 600.0, "print_freq": 1}
+    fault = faulty(tmp_path, "slow save", seconds=4, grace=1.0)
+    with Job(tmp_path, ["-m", "scalefl", *arguments(tmp_path, **more)], **fault) as job:
+        job.wait_for("step 1/")
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.end() == 143, job.last_lines
+    assert load_latest(tmp_path / "run" / "checkpoints") is not None
 
 
 @pytest.mark.slow

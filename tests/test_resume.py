@@ -23,7 +23,9 @@ from runs import (
 from scalefl.cli import main
 from scalefl.config import saved
 from scalefl.console import Display
+from scalefl.contracts import Interrupted
 from scalefl.evaluate import Evaluator
+from scalefl.federation.client import ClientTrainer
 
 MANY_SAVES = {"save_every_seconds": 0.0, "KD_start": 0.0}
 """A checkpoint after every client; distillation does not depend on the number of rounds."""
@@ -103,6 +105,47 @@ def test_a_signal_in_mid_round(tmp_path, monkeypatch, whole, number, step, finis
     assert resume(tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole)
     assert not list((tmp_path / "run" / "checkpoints").glob("*part"))
+
+
+def test_why_a_client_failed_is_told_though_the_run_was_stopped(tmp_path, monkeypatch):
+    """Between its first attempt and the next."""
+    train, attempts = ClientTrainer.train, []
+
+    def failing(self, session, task, *args):
+        attempts.append(task.client)
+        if attempts.count(1) == 1 and task.client == 1:
+            raise RuntimeError("a fault")
+        if attempts.count(1) == 2 and task.client == 1:
+            raise Interrupted(signal.SIGTERM)
+        return train(self, session, task, *args)
+
+    monkeypatch.setattr(ClientTrainer, "train", failing)
+    forget_launch()
+    assert main(arguments(tmp_path, num_rounds=1)) == 143
+    assert resume(tmp_path / "run") == 0
+    (record,) = records(tmp_path / "run")
+    failures = {client["client"]: client["failures"] for client in record["clients"]}
+    assert failures == {0: [], 1: ["RuntimeError: a fault"], 2: [], 3: []}
+
+
+@pytest.mark.slow
+def test_a_folder_is_one_run_s_at_a_time(tmp_path, capsys):
+    """Also on a machine to which SLURM requeued, as long as the other one lives."""
+    options = {**MANY_SAVES, "num_rounds": 1}
+    command = ["-m", "scalefl", *arguments(tmp_path, **{**options, "num_epoch": 5000, "print_freq": 1})]
+    with Job(tmp_path, command) as job:
+        job.wait_for("step 1/")
+        before = tree(tmp_path / "run")
+        forget_launch()
+        assert main(arguments(tmp_path, **options)) == 2
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("scalefl:")]
+        assert line.startswith(
+            f"scalefl: --save_path {tmp_path / 'run'}: another process trains there; expected"
+        )
+        assert tree(tmp_path / "run") == before
+        os.kill(job.process.pid, signal.SIGKILL)
+    forget_launch()
+    assert main(arguments(tmp_path, **options)) == 0
 
 
 def test_a_signal_in_evaluation(tmp_path, monkeypatch, whole):

@@ -28,18 +28,18 @@ class CoverageMean:
         """Empty until something is added: ranks that add nothing hold nothing."""
 
     def add(self, update: ClientUpdate) -> None:
-        if not self.sums:
-            self.sums = {
-                "change": {name: torch.zeros_like(value) for name, value in self._global_state.items()},
-                "level_weight": {str(level): torch.zeros(()) for level in self._plans},
+        if "change" not in self.sums:
+            self.sums["change"] = {
+                name: torch.zeros_like(value) for name, value in self._global_state.items()
             }
+            self.sums["level_weight"] = {str(level): torch.zeros(()) for level in self._plans}
         weight = float(update.num_examples) if self._weighting == "examples" else 1.0
         add_into(self.sums["change"], update.delta, self._plans[update.level], weight)
         self.sums["level_weight"][str(update.level)] += weight
 
     def finish(self) -> State:
         """The merged state; a coordinate that no client holds keeps its value."""
-        if not self.sums:
+        if "change" not in self.sums:
             return dict(self._global_state)
         merged = {}
         for name, value in self._global_state.items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scalefl.config.derived import uses_gpu
 from scalefl.config.options import RunConfig
-from scalefl.contracts import InputError, State, Unfinished
+from scalefl.contracts import InputError, Interrupted, State, Unfinished
 from scalefl.engine.board import Board
 from scalefl.engine.checks import asks_for_deepspeed, check_environment, check_launch, check_trackers
 from scalefl.engine.optimizers import check_optimizer
@@ -57,6 +57,10 @@ class Engine:
             )
         check_environment()
         check_trackers(run.report_to)
+        if Engine._watchdog is not None:
+            Engine._watchdog.stop()
+        # Before others are waited for: their launcher may be gone by then.
+        self.watchdog = Engine._watchdog = Watchdog(run.client_timeout, next_step or to_resume(run.save_path))
         self._zero = _deepspeed(use_gpu)
         arguments: dict[str, Any] = {
             "cpu": not use_gpu,
@@ -81,11 +85,8 @@ class Engine:
         )
         self._autocast_dtype = torch.bfloat16 if run.precision == "bf16" else None
         self.board = self._open_board()
-        if Engine._watchdog is not None:
-            Engine._watchdog.stop()
-        self.watchdog = Engine._watchdog = Watchdog(
-            self.board, self.rank, run.client_timeout, next_step or to_resume(run.save_path)
-        )
+        if self.board is not None:
+            self.watchdog.listen(self.board)
 
     _board: ClassVar[Board | None] = None
     _watchdog: ClassVar[Watchdog | None] = None
@@ -302,6 +303,27 @@ class Engine:
         self._accelerator.end_training()
 
 
+@contextlib.contextmanager
+def telling_others() -> Iterator[None]:
+    """Of an error that ends this rank the others hear, which would wait for it, and rank 0 says it."""
+    try:
+        yield
+    except (Interrupted, Unfinished):
+        raise
+    except Exception as error:
+        if Engine._board is not None:
+            with contextlib.suppress(Unfinished):
+                Engine._board.give_up(_in_one_line(error))
+        raise
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
 class Alone:
     """One rank of a launch as an engine of one process: what it does, the other ranks do not see."""
 
@@ -323,16 +345,14 @@ class Alone:
     def largest(self, value: int) -> int:
         """The signal that this rank got, or another one some time ago; raises Unfinished if one gave up."""
         board, now = self._engine.board, time.monotonic()
-        if board is None:
+        if board is None or not (value or now - self._looked > LOOK_SECONDS):
             return value
+        self._looked = now
+        if (cause := board.given_up()) is not None:  # a launcher then sends a signal, too
+            raise Unfinished(cause)
         if value:
             board.ask_to_stop(value)
-        elif now - self._looked > LOOK_SECONDS:
-            self._looked = now
-            if (cause := board.given_up()) is not None:
-                raise Unfinished(cause)
-            value = board.stop_asked()
-        return value
+        return value or board.stop_asked()
 
 
 def _peak_of_this_process() -> int:

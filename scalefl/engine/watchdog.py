@@ -11,9 +11,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from scalefl import STARTED_BY
 from scalefl.contracts import Unfinished
 from scalefl.engine.board import Board
 
@@ -40,33 +41,49 @@ PARENT = "SCALEFL_STARTED_BY"
 
 
 class Watchdog:
-    """Watches one process, from a thread of its own, until `stop`."""
+    """Watches one process, from threads of its own, until `stop`."""
 
-    def __init__(self, board: Board | None, rank: int, client_timeout: float | None, next_step: str) -> None:
-        self._board = board.again() if board is not None else None
-        self._rank, self._client_timeout, self._next_step = rank, client_timeout, next_step
+    def __init__(self, client_timeout: float | None, next_step: str) -> None:
+        """Begins with who started this process; `next_step` is what to do once it has been ended."""
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._speaks = self._rank == 0
+        self._client_timeout, self._next_step = client_timeout, next_step
+        self._board: Board | None = None
         self._client: tuple[str, float] | None = None
-        self._cause, self._signum = "", 0
+        self._cause, self._given_up, self._signum = "", "", 0
         self._leave_at: float | None = None
         self._heard: dict[int, tuple[int, int]] = {}
         """By rank: how often it said that it lives, and how many looks ago it last said so."""
+        self._looks_without_answer = 0
         self._done = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._started_by, self._launcher = os.environ.get(PARENT), os.getppid()
-        if board is not None or client_timeout is not None or self._started_by is not None:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        self._threads: list[threading.Thread] = []
+        self._started_by, self._launcher = os.environ.get(PARENT), STARTED_BY
+        self._is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self._is_launched or client_timeout is not None or self._started_by is not None:
+            self._start(self._watch)
+
+    def listen(self, board: Board) -> None:
+        """From now on to the other ranks as well."""
+        self._board, self._is_launched = board.again(), True
+        if not self._threads:
+            self._start(self._watch)
+        self._start(self._ask_board)
 
     def stop(self) -> None:
         """Look no more; what is being looked at is seen to its end."""
         self._done.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join(GRACE_SECONDS)  # a board that is frozen never answers
+
+    def _start(self, work: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=work, name="watchdog", daemon=True))
+        self._threads[-1].start()
 
     def signalled(self, signum: int) -> None:
         """A signal has come, and the main thread is to leave."""
         self._signum = signum
-        self._prepare_to_leave(f"stopped by signal {signum}")
+        if self._is_launched or self._started_by is not None:  # who sent it soon kills
+            self._prepare_to_leave(f"stopped by signal {signum}")
 
     @contextlib.contextmanager
     def client(self, name: str) -> Iterator[None]:
@@ -86,32 +103,45 @@ class Watchdog:
             self._look_at_client()
             self._look_at_parents()
             if self._board is not None:
-                self._look_at_board(self._board)
-                self._look_at_ranks(self._board)
+                self._look_at_rank_0()
             if self._leave_at is not None and time.monotonic() >= self._leave_at:
                 self._leave()
+
+    def _ask_board(self) -> None:
+        """In a thread of its own, which waits for ever where the board does not answer."""
+        while self._board is not None and not self._done.wait(SECONDS_BETWEEN_LOOKS):
+            self._look_at_board(self._board)
+            self._look_at_ranks(self._board)
+            self._looks_without_answer = 0
 
     def _look_at_client(self) -> None:
         client, limit = self._client, self._client_timeout
         if client is None or limit is None or time.monotonic() - client[1] <= limit:
             return
         cause = f"{client[0]} trains for longer than --client_timeout {limit:g} (seconds)"
-        if self._board is not None:
-            with contextlib.suppress(Unfinished):
-                self._board.give_up(cause)
-        # The first rank says why, and ends the launch; it looks at the board as well.
+        # The first rank says why, and ends the launch: it hears of it from the board.
         self._prepare_to_leave(cause, 0 if self._rank == 0 else GRACE_SECONDS)
 
     def _look_at_parents(self) -> None:
         """Without who started it a process would train on for nobody."""
-        if self._board is not None and os.getppid() != self._launcher:
+        if self._is_launched and os.getppid() != self._launcher:
             self._prepare_to_leave("the launcher is gone", 0)
         if self._started_by is not None and not _lives(self._started_by):
             self._prepare_to_leave("the process that started this one is gone", 0)
 
+    def _look_at_rank_0(self) -> None:
+        """Its machine may be lost, or the process frozen, which closes no connection."""
+        self._looks_without_answer += 1
+        if self._looks_without_answer * SECONDS_BETWEEN_LOOKS > SILENCE_SECONDS:
+            self._speaks = self._rank == 1
+            self._prepare_to_leave(f"rank 0 has not been heard of for {SILENCE_SECONDS:.0f} s", 0)
+
     def _look_at_board(self, board: Board) -> None:
         try:
+            if self._cause and not self._signum:
+                board.give_up(self._cause)
             if (cause := board.given_up()) is not None:
+                self._given_up = cause
                 self._prepare_to_leave(cause)
         except Unfinished as gone:
             self._prepare_to_leave(str(gone))
@@ -134,11 +164,11 @@ class Watchdog:
             board.give_up(f"rank {rank} has not been heard of for {SILENCE_SECONDS:.0f} s")
 
     def _leave(self) -> None:
-        """End the process past whatever its main thread hangs in."""
-        if self._rank == 0:
-            log.error("%s", unfinished(self._cause, self._next_step))
+        """End the process past whatever its main thread hangs in; a signal may come from its own end."""
+        if self._speaks:
+            log.error("%s", unfinished(self._given_up or self._cause, self._next_step))
         sys.stdout.flush()
-        os._exit(128 + self._signum if self._signum else EXIT_UNFINISHED)
+        os._exit(128 + self._signum if self._signum and not self._given_up else EXIT_UNFINISHED)
 
 
 def who_i_am() -> str:

@@ -41,6 +41,14 @@ def name_of(task: ClientTask) -> str:
     return f"client {task.client} (level {task.level})"
 
 
+def tell_failure(task: ClientTask, attempt: int, attempts: int, cause: str) -> None:
+    log.warning(
+        "%s, round %d, attempt %d of %d: %s; %s",
+        *(name_of(task), task.round, attempt, attempts, cause),
+        "it is tried again" if attempt < attempts else "it is left out of the round",
+    )
+
+
 def in_one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no text"
     return f"{type(error).__name__}: {text[:300]}"
@@ -98,7 +106,6 @@ class Bench:
         `micro_batch_size` takes the place of the run's. Of several processes all fail when one does; raises
         Unfinished where they cannot agree on it.
         """
-        failures: list[str] = []
         trainer = self._trainer
         if micro_batch_size is not None:
             trainer = _in_passes_of(trainer, micro_batch_size)
@@ -106,22 +113,14 @@ class Bench:
             update, problem = self._attempt(trainer, task, lr)
             problem = trainer.engine.agree(problem)
             if problem is None and update is not None:
-                return dataclasses.replace(update, failures=tuple(failures))
-            failures.append(problem or "no update")
-            log.warning(
-                "%s, round %d, attempt %d of %d: %s",
-                *(name_of(task), task.round, attempt, trainer.run.client_retries + 1, failures[-1]),
-            )
+                return update
+            cause = problem or "no update"
+            tell_failure(task, attempt, trainer.run.client_retries + 1, cause)
+            trainer.on_failure(task, cause)
             self._drop_session()
-            if lacks_memory(failures[-1]):
+            if lacks_memory(cause):
                 trainer = _in_passes_of(trainer, halved(trainer.run, trainer.engine.num_processes))
-        log.warning("%s is left out of round %d", name_of(task), task.round)
-        return ClientFailure(
-            client=task.client,
-            level=task.level,
-            num_examples=len(task.example_ids),
-            failures=tuple(failures),
-        )
+        return ClientFailure(client=task.client, level=task.level, num_examples=len(task.example_ids))
 
     def _attempt(
         self, trainer: ClientTrainer, task: ClientTask, lr: float

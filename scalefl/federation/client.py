@@ -32,10 +32,12 @@ class ClientTrainer:
     answer_ids: tuple[tuple[int, ...], ...] | None
     """The closed answer set as token ids; None where answers are open or logits are not adjusted."""
     vocab_size: int
-    check_stop: Callable[[Engine | Alone], None]
+    check_stop: Callable[[Engine | Alone], None] = lambda engine: None
     """Called before every step by all ranks of the engine; raises if the run is to stop."""
-    on_step: Callable[[ClientTask, int, int, float], None]
+    on_step: Callable[[ClientTask, int, int, float], None] = lambda *_: None
     """(task, step, steps, mean loss of the last steps read) after every step."""
+    on_failure: Callable[[ClientTask, str], None] = lambda *_: None
+    """(task, cause) after every attempt that failed."""
 
     def train(
         self, session: Session, task: ClientTask, sent: Mapping[str, Tensor], lr: float

@@ -37,8 +37,6 @@ class Note:
 
     path: Path
     content: dict[str, Any]
-    digest: str
-    """Of its content: what an answer to it names."""
 
     def tensors(self) -> State:
         """Those of the file that the note names. Raises BadFileError unless they are what was written."""
@@ -54,28 +52,25 @@ def answer_path(task: Path, kind: str) -> Path:
     return task.with_name(f"{task.name.removesuffix('.json').removesuffix('.task')}.{kind}.json")
 
 
-def write_note(path: Path, kind: str, content: Mapping[str, Any]) -> str:
-    """Write a note of a kind; the digest of its content."""
+def write_note(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Write a note of a kind, with the digest of its content."""
     body = {"kind": kind, "format": FORMAT, **content}
-    digest = _digest_of(body)
-    data = json.dumps({**body, "digest": digest}, indent=1).encode()
+    data = json.dumps({**body, "digest": digest_of(body)}, indent=1).encode()
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 
     _put(path, write)
-    return digest
 
 
 def read_note(path: Path, kind: str, *, answers: str | None = None) -> Note:
-    """Read a note of a kind; `answers` is the digest of the task that it must answer. Raises BadFileError."""
+    """Read a note of a kind; `answers` names the task that it must answer. Raises BadFileError."""
     try:
         content = json.loads(path.read_bytes())
         digest = content.pop("digest")
-        whole = digest == _digest_of(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadFileError(f"{path.name} is no whole file ({error})") from error
-    if not whole:
+        raise BadFileError(f"{path.name} is cut off, or is no file of this exchange") from error
+    if digest != digest_of(content):
         raise BadFileError(f"{path.name} has changed since it was written")
     if (content["kind"], content["format"]) != (kind, FORMAT):
         raise BadFileError(
@@ -83,7 +78,7 @@ def read_note(path: Path, kind: str, *, answers: str | None = None) -> Note:
         )
     if answers is not None and content.get("task") != answers:
         raise ForeignFileError(f"{path.name} answers another task")
-    return Note(path=path, content=content, digest=digest)
+    return Note(path=path, content=content)
 
 
 def write_tensors(path: Path, tensors: State) -> dict[str, Any]:
@@ -124,7 +119,7 @@ def _put(path: Path, write: Any) -> None:
         raise
 
 
-def _digest_of(content: Mapping[str, Any]) -> str:
+def digest_of(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -11,17 +11,17 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scalefl.config.derived import micro_batch_size
-from scalefl.config.saved import to_dict
+from scalefl.config.saved import FREE_ON_RESUME, to_dict
 from scalefl.contracts import ClientFailure, ClientTask, ClientUpdate, InputError, Outcome, State
 from scalefl.features import FeatureFiles
 from scalefl.federation import exchange
-from scalefl.federation.attempts import halved, lacks_memory, name_of, unusable
+from scalefl.federation.attempts import halved, lacks_memory, name_of, tell_failure, unusable
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.exchange import BadFileError, ForeignFileError, Note
 from scalefl.federation.job import Job, Launcher, NotNowError
@@ -48,15 +48,11 @@ class Ticket:
 
     task: ClientTask
     micro_batch_size: int | None
-    failures: list[str] = field(default_factory=list)
+    attempt: int = 1
     file: Path | None = None
-    digest: str = ""
-    """Of the task file."""
+    name: str = ""
+    """What an answer to the task must name."""
     update: Note | None = None
-
-    @property
-    def attempt(self) -> int:
-        return len(self.failures) + 1
 
 
 @dataclass(kw_only=True)
@@ -215,7 +211,7 @@ class Desk:
 
     def outcome(self, ticket: Ticket) -> Outcome | None:
         """A client's update, its failure after the last attempt, or None while neither is there."""
-        task, failures = ticket.task, tuple(ticket.failures)
+        task = ticket.task
         if ticket.update is not None:
             content = ticket.update.content
             try:
@@ -231,14 +227,10 @@ class Desk:
                 num_examples=content["num_examples"],
                 metrics=content["metrics"],
                 batches=content["batches"],
-                failures=failures,
             )
-        if len(failures) <= self._run.client_retries:
+        if ticket.attempt <= self._run.client_retries + 1:
             return None
-        log.warning("%s is left out of round %d", name_of(task), task.round)
-        return ClientFailure(
-            client=task.client, level=task.level, num_examples=len(task.example_ids), failures=failures
-        )
+        return ClientFailure(client=task.client, level=task.level, num_examples=len(task.example_ids))
 
     def _give_out(self) -> None:
         for level in sorted({ticket.task.level for ticket in self._ready}):
@@ -315,7 +307,7 @@ class Desk:
         assert ticket.file is not None
         path = exchange.answer_path(ticket.file, kind)
         try:
-            return exchange.read_note(path, kind, answers=ticket.digest) if path.is_file() else None
+            return exchange.read_note(path, kind, answers=ticket.name) if path.is_file() else None
         except ForeignFileError as error:
             self._not_taken(str(error))
             return None
@@ -341,36 +333,38 @@ class Desk:
     def _failed(self, ticket: Ticket, cause: str) -> None:
         """Write down why, and give the task out again if it may be tried again."""
         task, attempts = ticket.task, self._run.client_retries + 1
-        log.warning(
-            "%s, round %d, attempt %d of %d: %s",
-            *(name_of(task), task.round, ticket.attempt, attempts, cause),
-        )
-        ticket.failures.append(cause)
+        tell_failure(task, ticket.attempt, attempts, cause)
+        self._jobs._trainer.on_failure(task, cause)
+        ticket.attempt += 1
         if lacks_memory(cause):
             processes = self._jobs._resources[task.level].processes
             run = dataclasses.replace(self._run, micro_batch_size=ticket.micro_batch_size)
             ticket.micro_batch_size = halved(run, processes)
-        if len(ticket.failures) < attempts:
+        if ticket.attempt <= attempts:
             self._write_task(ticket)
             self._ready.append(ticket)
 
     def _write_task(self, ticket: Ticket) -> None:
         task = ticket.task
         ticket.file = exchange.task_path(self._folder, task.client, ticket.attempt)
-        ticket.digest = exchange.write_note(
-            ticket.file,
-            "task",
-            {
-                **self._content,
-                "client": task.client,
-                "level": task.level,
-                "round": task.round,
-                "attempt": ticket.attempt,
-                "example_ids": list(task.example_ids),
-                "micro_batch_size": ticket.micro_batch_size,
-                "tensors": self._sent[task.level],
-            },
-        )
+        content = {
+            **self._content,
+            "client": task.client,
+            "level": task.level,
+            "round": task.round,
+            "attempt": ticket.attempt,
+            "example_ids": list(task.example_ids),
+            "tensors": self._sent[task.level],
+        }
+        ticket.name = _name_of_task(content)
+        more = {"task": ticket.name, "micro_batch_size": ticket.micro_batch_size}
+        exchange.write_note(ticket.file, "task", {**content, **more})
+
+
+def _name_of_task(content: Mapping[str, Any]) -> str:
+    """Of all that decides the answer: a run may go on under other options that are free, or elsewhere."""
+    options = {name: value for name, value in content["run"].items() if name not in FREE_ON_RESUME}
+    return exchange.digest_of({**content, "run": options, "origin": None})
 
 
 def _last_words(log: Path) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +22,9 @@ from scalefl.federation.resources import Resources
 
 TERM_SECONDS, TERM_SECONDS_OF_LAUNCHES = 5.0, 35.0
 """From SIGTERM to SIGKILL. Launchers give the workers that they started, in sessions of their own, 30."""
+
+PORTS = range(20000, 32000)
+"""Below those that Linux gives to connections (32768 and up)."""
 
 OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables of the launch that this process may be part of."""
@@ -48,7 +53,7 @@ class Local:
         self._threads = max(1, (os.cpu_count() or 1) // (self._max_jobs * most))
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._devices: dict[str, list[str]] = {}
-        self._ports: dict[str, int] = {}
+        self._ports: dict[str, socket.socket] = {}
         self._is_alone: dict[str, bool] = {}
         """Whether a job is one process, without a launcher."""
 
@@ -64,7 +69,7 @@ class Local:
         for job in jobs:
             count = self._gpus_of(job.level)
             self._devices[job.name], self._gpus = self._gpus[:count], self._gpus[count:]
-            self._ports[job.name] = port = self._free_port()
+            self._ports[job.name], port = held_port()
             wanted = self._resources[job.level]
             self._is_alone[job.name] = wanted.processes == 1 and wanted.accelerate_config is None
             with open(job.log, "wb") as log:
@@ -124,15 +129,6 @@ class Local:
                 kept["ACCELERATE_USE_CPU"] = "true"
         return kept
 
-    def _free_port(self) -> int:
-        """A port that no running job was given."""
-        while True:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = int(probe.getsockname()[1])
-            if port not in self._ports.values():
-                return port
-
     def _end(self, names: Sequence[str]) -> None:
         """A job leads a session of its own: its process group is its processes, but for launchers' workers,
         which launchers end when they are asked to end.
@@ -150,8 +146,27 @@ class Local:
             self._forget(name)
 
     def _forget(self, name: str) -> None:
-        del self._running[name], self._ports[name], self._is_alone[name]
+        self._ports.pop(name).close()
+        del self._running[name], self._is_alone[name]
         self._gpus += self._devices.pop(name)
+
+
+def held_port() -> tuple[socket.socket, int]:
+    """A free TCP port that no other run of this machine gets, as long as the socket is open.
+
+    It holds the UDP port of that number, for the TCP port is the job's to open; and it is none of those that
+    the system gives away by itself.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        held = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            held.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.bind(("", port))
+            return held, port
+        except OSError:
+            held.close()
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def visible_gpus() -> list[str]:

@@ -44,10 +44,13 @@ class RoundLoop:
         self._fed, self._run, self._engine = federation, federation.run, federation.engine
         self._folder, self._display, self._stop = folder, display, stop
         self._aggregation = resolve("aggregation", self._run.aggregation)
-        trainer = trainer_of(federation, stop.check, self._on_step)
+        trainer = trainer_of(
+            federation, check_stop=stop.check, on_step=self._on_step, on_failure=self._on_failure
+        )
         self._executor: Executor = resolve("executor", self._run.executor)(trainer, federation)
         self._clients_done = 0
-        self._failed_before: dict[str, list[str]] = {}
+        self._failures: dict[str, list[str]] = {}
+        """By client (its number as text): why attempts failed, until it is taken in."""
 
     def round(self, before: Progress) -> Progress:
         """One round: from the progress before it to the progress after it, checkpointed.
@@ -90,7 +93,9 @@ class RoundLoop:
         plans = {level: part.trainable_plan for level, part in self._fed.store.models.slices.items()}
         merge: Aggregator = self._aggregation(before.state, plans, self._run.weighting)
         so_far = before.partial or Partial(sums={}, clients=[])
-        merge.sums, self._failed_before = so_far.sums, dict(so_far.failures)
+        if so_far.sums:
+            merge.sums = so_far.sums
+        self._failures = {client: list(causes) for client, causes in so_far.failures.items()}
         self._clients_done = len(so_far.clients)
         return merge, list(so_far.clients) if self._engine.is_main or not self._executor.splits else []
 
@@ -131,7 +136,7 @@ class RoundLoop:
             "level": outcome.level,
             "examples": outcome.num_examples,
             "delivered": isinstance(outcome, ClientUpdate),
-            "failures": [*self._failed_before.get(str(outcome.client), []), *outcome.failures],
+            "failures": self._failures.pop(str(outcome.client), []),
         }
         if self._executor.splits:
             record["rank"] = self._engine.rank
@@ -155,7 +160,7 @@ class RoundLoop:
         delivered = [record for record in clients if record["delivered"]]
         if len(delivered) < self._run.min_clients:
             failures = [text for record in clients for text in record["failures"]]
-            self._failed_before |= {str(c["client"]): c["failures"] for c in clients if not c["delivered"]}
+            self._failures |= {str(c["client"]): c["failures"] for c in clients if not c["delivered"]}
             clients[:] = delivered
             raise Unfinished(
                 f"round {number}: {len(delivered)} client(s) delivered, --min_clients is "
@@ -233,10 +238,10 @@ class RoundLoop:
 
     def _save_part(self, before: Progress, merge: Aggregator, clients: list[dict[str, Any]]) -> None:
         """The middle of a round: rank 0's part of it, or of ranks with clients of their own each one's."""
-        partial = Partial(sums=merge.sums, clients=clients, failures=self._failed_before)
+        partial = Partial(sums=merge.sums, clients=clients, failures=self._failures)
         if self._engine.is_main:
             self._save(dataclasses.replace(before, partial=partial))
-        elif self._executor.splits and (merge.sums or clients):
+        elif self._executor.splits and (merge.sums or clients or self._failures):
             checkpoint.save_rank_part(self._folder.checkpoints, before.round + 1, self._engine.rank, partial)
 
     def _save(self, progress: Progress) -> None:
@@ -246,19 +251,19 @@ class RoundLoop:
     def _on_step(self, task: ClientTask, step: int, steps: int, loss: float) -> None:
         self._display.client_step(task.client, task.level, self._clients_done, step, steps, loss)
 
+    def _on_failure(self, task: ClientTask, cause: str) -> None:
+        self._failures.setdefault(str(task.client), []).append(cause)
 
-def trainer_of(
-    federation: Federation, check_stop: Callable[..., None], on_step: Callable[..., None]
-) -> ClientTrainer:
-    """What trains the federation's clients in this process."""
+
+def trainer_of(federation: Federation, **calls: Callable[..., None]) -> ClientTrainer:
+    """What trains the federation's clients in this process, and calls who wants to know."""
     return ClientTrainer(
         run=federation.run,
         engine=federation.engine,
         batcher=federation.batchers["train"],
         answer_ids=federation.answer_ids if federation.adjusts_logits else None,
         vocab_size=federation.store.models.vocab_size,
-        check_stop=check_stop,
-        on_step=on_step,
+        **calls,
     )
 
 

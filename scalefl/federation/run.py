@@ -19,8 +19,9 @@ from scalefl.config.saved import FOR_MEMORY, FREE_ON_RESUME, save_config, to_dic
 from scalefl.console import Display
 from scalefl.contracts import InputError, State
 from scalefl.data.partition import describe
-from scalefl.engine.launch import Engine
+from scalefl.engine.launch import Engine, telling_others
 from scalefl.federation.jobs import Jobs
+from scalefl.federation.lock import locked
 from scalefl.federation.records import RunFolder
 from scalefl.federation.rounds import RoundLoop, clock_costs, evaluate_levels, next_tasks, trainer_of
 from scalefl.federation.setup import Federation, build
@@ -34,6 +35,7 @@ MAY_DIFFER = FREE_ON_RESUME - FOR_MEMORY | {"cfg_path"}
 """Options that processes of one run need not have in common."""
 
 
+@telling_others()
 def train(run: RunConfig, model_file: ModelFile) -> None:
     """Start or resume a run; a finished run is reported again and left as it is."""
     if run.evaluate_from is not None:
@@ -56,12 +58,25 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     results = folder.read_results()
     if results is not None and results["rounds"] == progress.round >= run.num_rounds:
         display.line(f"{folder.path}: all {run.num_rounds} rounds are done already")
-        _print_results(display, folder, results)
-        engine.finish()
-        return
-    _print_setup(display, federation)
-    if run.dry_run:
-        return _preview(display, federation, progress)
+    else:
+        _print_setup(display, federation)
+        if run.dry_run:
+            return _preview(display, federation, progress)
+        with locked(folder.path, takes=engine.is_main):
+            if engine.is_main and checkpoint.latest(folder.checkpoints) != earlier:
+                raise InputError(
+                    f"--save_path {folder.path}: another process has trained there meanwhile; start again."
+                )
+            results = _rounds(federation, folder, display, progress)
+    _print_results(display, folder, results)
+    engine.finish()
+
+
+def _rounds(
+    federation: Federation, folder: RunFolder, display: Display, progress: Progress
+) -> dict[str, Any]:
+    """All rounds that are left, and the results, which are written."""
+    run, engine = federation.run, federation.engine
     _settle_rank_parts(federation, folder, progress)
     if progress.partial is not None and not engine.is_main:
         progress = dataclasses.replace(progress, partial=dataclasses.replace(progress.partial, sums={}))
@@ -70,7 +85,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     try:
         with StopSignal(engine) as stop:
             loop = RoundLoop(federation, folder, display, stop)  # which may refuse: nothing is written yet
-            folder.write_config(lambda path: save_config(path, run, model_file, federation.base))
+            folder.write_config(lambda path: save_config(path, run, federation.model_file, federation.base))
             folder.drop_rounds_of_jobs(before=progress.round + 1 if run.executor == "jobs" else None)
             engine.start_trackers(to_dict(run))
             while progress.round < run.num_rounds:
@@ -79,8 +94,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     finally:
         gc.unfreeze()
     folder.write_results(results)
-    _print_results(display, folder, results)
-    engine.finish()
+    return results
 
 
 def evaluate(run: RunConfig, model_file: ModelFile) -> None:
@@ -131,8 +145,8 @@ def _earlier_checkpoint(run: RunConfig) -> Path | None:
 
 def _settle_rank_parts(federation: Federation, folder: RunFolder, progress: Progress) -> None:
     """What ranks of the run before had of a round becomes one checkpoint: there may be other ranks now."""
-    if federation.engine.is_main and checkpoint.rank_parts(folder.checkpoints, progress):
-        if progress.partial is not None:
+    if federation.engine.is_main:
+        if progress.partial is not None and checkpoint.rank_parts(folder.checkpoints, progress):
             keep = federation.run.keep_last
             checkpoint.save(folder.checkpoints, progress, keep, federation.write_config)
         checkpoint.drop_rank_parts(folder.checkpoints)
@@ -232,7 +246,7 @@ def _how_it_trains(federation: Federation) -> str:
 
 def _preview(display: Display, federation: Federation, progress: Progress) -> None:
     """What the next round would launch, without launching it; base and features are made as for a run."""
-    jobs = Jobs(trainer_of(federation, lambda engine: None, lambda *_: None), federation)
+    jobs = Jobs(trainer_of(federation), federation)
     if progress.round >= federation.run.num_rounds:
         return display.line("no round is left: nothing would be launched")
     _, todo, _ = next_tasks(federation, progress, clock_costs(federation))

@@ -78,7 +78,6 @@ def work(options: ClientOptions) -> None:
             answer_ids=answers if adjusts_logits(run, closed_answers=closed) else None,
             vocab_size=store.models.vocab_size,
             check_stop=stop.check,
-            on_step=lambda task, step, steps, loss: None,
         )
         failed = _train(trainer, store, tasks, sent, places, options, begun)
     engine.finish()
@@ -102,6 +101,8 @@ def _train(
 ) -> list[str]:
     """Answer every task; what became of those that failed."""
     failed: list[str] = []
+    causes: list[str] = []
+    trainer = dataclasses.replace(trainer, on_failure=lambda task, cause: causes.append(cause))
     out = None if options.out is None else Path(options.out)
     level, times = tasks[0].content["level"], {"begun": begun, "ready": time.time()}
     with Bench(trainer, store, level, sent) as bench:
@@ -115,25 +116,32 @@ def _train(
             outcome = bench.train(task, note.content["lr"], micro_batch_size=micro)
             if trainer.engine.is_main:
                 times["trained"] = time.time()
-                path = _answer(note, outcome, out, times)
+                path = _answer(note, outcome, causes, out, times)
                 if _by_hand(options):
                     log.info("%s: the answer to carry back is %s, with its tensors", name_of(task), path)
             if isinstance(outcome, ClientFailure):
-                failed.append(f"{name_of(task)} failed: {outcome.failures[-1]}")
+                failed.append(f"{name_of(task)} failed: {causes[-1]}")
     return failed
 
 
 def _is_answered(note: Note) -> bool:
     try:
-        exchange.read_note(exchange.answer_path(note.path, "update"), "update", answers=note.digest).tensors()
+        path = exchange.answer_path(note.path, "update")
+        exchange.read_note(path, "update", answers=note.content["task"]).tensors()
     except (BadFileError, OSError):
         return False
     return True
 
 
-def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, float]) -> Path:
+def _answer(
+    note: Note, outcome: Outcome, causes: Sequence[str], out: Path | None, times: Mapping[str, float]
+) -> Path:
     """Write it, and say where; `times` are seconds since the epoch, for whoever looks at where time goes."""
-    answered = {"task": note.digest, "client": note.content["client"], "round": note.content["round"]}
+    answered = {
+        "task": note.content["task"],
+        "client": note.content["client"],
+        "round": note.content["round"],
+    }
     if isinstance(outcome, ClientUpdate):
         path = out or exchange.answer_path(note.path, "update")
         tensors = exchange.write_tensors(path.with_suffix(".safetensors"), outcome.delta)
@@ -146,10 +154,9 @@ def _answer(note: Note, outcome: Outcome, out: Path | None, times: Mapping[str, 
         }
         exchange.write_note(path, "update", {**answered, **content})
     else:
-        cause = outcome.failures[-1]
         beside = note.path if out is None else out
         path = exchange.answer_path(beside, "failure")
-        exchange.write_note(path, "failure", {**answered, "cause": cause})
+        exchange.write_note(path, "failure", {**answered, "cause": causes[-1]})
     return path
 
 
@@ -192,7 +199,8 @@ def _run_of(task: Note, options: ClientOptions) -> tuple[RunConfig, ModelFile]:
     run = from_dict(RunConfig, content["run"])
     its_own = Path(run.save_path).resolve() / "jobs"  # else a site's folder of that name is another run's
     is_here = task.path.resolve().is_relative_to(its_own)
-    here = options.save_path or (run.save_path if is_here else str(task.path.parent))
+    beside_model = task.path.parent / content["model"] / ".."  # a base that is made serves every round
+    here = options.save_path or (run.save_path if is_here else str(beside_model.resolve()))
     run = dataclasses.replace(run, save_path=here, client_retries=0, executor="sequential", report_to=())
     if options.use_gpu is not None:
         run = dataclasses.replace(run, use_gpu=options.use_gpu)

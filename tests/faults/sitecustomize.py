@@ -3,10 +3,12 @@
 `SCALEFL_FAULT`, a JSON object, says which: `client` (or the first one of `rank`) and `round`, whose training
 is hit; `kind`, what happens; `times`, how many attempts are hit, counted over all processes in files of the
 folder `marks`; `unseen`, that the client's own check is passed; `silence`, after how many seconds a rank that
-says nothing is lost. Of kinds `slow save` and `slow end` no client is hit: a checkpoint, or the results, take
-`seconds`.
+says nothing is lost; `grace`, after how many a process that was told to end is ended. Of kinds `slow save`,
+`slow end` and `full disk` no client is hit: a checkpoint, or the results, take `seconds`, or what `rank` has
+of a round cannot be written.
 """
 
+import errno
 import json
 import os
 import signal
@@ -38,7 +40,9 @@ def _install(fault: dict) -> None:
     from scalefl.federation.client import ClientTrainer
     from scalefl.federation.records import RunFolder
 
+    rank = int(os.environ.get("RANK", "0"))
     watchdog.SILENCE_SECONDS = fault.get("silence", watchdog.SILENCE_SECONDS)
+    watchdog.GRACE_SECONDS = fault.get("grace", watchdog.GRACE_SECONDS)
     if fault["kind"] == "slow end":
         results = RunFolder.write_results
         RunFolder.write_results = lambda self, content: (
@@ -50,9 +54,13 @@ def _install(fault: dict) -> None:
         checkpoint.save = lambda *args: time.sleep(fault["seconds"]) or save(*args)
         return
 
+    if fault["kind"] == "full disk":
+        save_part = checkpoint.save_rank_part
+        checkpoint.save_rank_part = lambda folder, *args: (
+            _no_space(folder) if rank == fault["rank"] else save_part(folder, *args)
+        )
+        return
     train, write_note = ClientTrainer.train, exchange.write_note
-
-    rank = int(os.environ.get("RANK", "0"))
 
     def faulty(self, session, task, sent, lr):
         where = (fault.get("client", task.client), fault.get("rank", rank), fault.get("round", 1))
@@ -99,6 +107,10 @@ def _install(fault: dict) -> None:
         from scalefl.federation import attempts
 
         attempts.unusable = lambda delta, shapes: None
+
+
+def _no_space(path: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _fill(path: Path) -> None:
