@@ -7,12 +7,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn, cast
 
 from scalefl.config.calibrateoptions import CalibrateOptions
-from scalefl.config.flags import parse
+from scalefl.config.flags import Command, parse
+from scalefl.config.modelfile import ModelFile
+from scalefl.config.options import RunConfig
 from scalefl.config.resolve import resolve
 from scalefl.contracts import InputError, Interrupted, Unfinished
 
@@ -43,33 +45,19 @@ NEXT_STEPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 128 + signal for a stop."""
-    next_step = ""
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
         if command.name in COMMANDS_OF_THEIR_OWN:
             module, _, function = COMMANDS_OF_THEIR_OWN[command.name].partition(":")
-            next_step = "its job ends" if command.name == "client" else "start again"
-            getattr(importlib.import_module(module), function)(command.own)
-            return 0
+            return _stoppable(
+                lambda: getattr(importlib.import_module(module), function)(command.own),
+                "its job ends" if command.name == "client" else "start again",
+            )
         run, model_file = resolve(command.flags, *command.config_files, command=command.name)
-        # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
-        if command.name == "plan":
-            from scalefl.planning.command import plan
-
-            if _speaks():  # once under `accelerate launch`
-                plan(run, model_file, command)
-            return 0
-        if command.name == "calibrate":
-            from scalefl.prediction.calibrate import calibrate
-
-            calibrate(run, cast(CalibrateOptions, command.own))
-            return 0
-        from scalefl.federation.run import train
-
-        next_step = f"go on with `scalefl train --resume {run.save_path}`"
-        with _stop_in_setup():
-            train(run, model_file)
+        return _stoppable(
+            lambda: _do(command, run, model_file), f"go on with `scalefl train --resume {run.save_path}`"
+        )
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
@@ -77,6 +65,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{place}{error.strerror}; {NEXT_STEPS[error.errno]}")
+    except KeyboardInterrupt:
+        return EXIT_CTRL_C
+
+
+def _do(command: Command, run: RunConfig, model_file: ModelFile) -> None:
+    """Imported late: torch and transformers take seconds, and a typing error should not wait for them."""
+    if command.name == "plan":
+        from scalefl.planning.command import plan
+
+        if _speaks():  # once under `accelerate launch`
+            plan(run, model_file, command)
+    elif command.name == "calibrate":
+        from scalefl.prediction.calibrate import calibrate
+
+        calibrate(run, cast(CalibrateOptions, command.own))
+    else:
+        from scalefl.federation.run import train
+
+        with _stop_in_setup():
+            train(run, model_file)
+
+
+def _stoppable(work: Callable[[], None], next_step: str) -> int:
+    """The exit code of work that may stop before its end, and says then what to do."""
+    try:
+        work()
     except Interrupted as stop:
         if _speaks():
             print(f"scalefl: {stop}; {next_step}.", file=sys.stderr)
@@ -87,8 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _speaks():
             print(unfinished(str(stop), next_step), file=sys.stderr)
         return EXIT_UNFINISHED
-    except KeyboardInterrupt:
-        return EXIT_CTRL_C
     return 0
 
 

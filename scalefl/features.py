@@ -43,6 +43,9 @@ DECODED_AT_ONCE = 64
 MUCH_MEMORY = 2e9
 """Bytes of features in memory, of each process, that are worth a warning."""
 
+INDEX = "features.json"
+"""File in which processes of a run find the features of its images."""
+
 LEFTOVER_SECONDS = 3600.0
 """No file takes as long to write."""
 

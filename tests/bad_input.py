@@ -311,7 +311,7 @@ ROWS = (
         tried="a file where the run's folder would go",
         typed="",
         prepare=a_file_in_the_way,
-        lines="run/.config.tmp: Not a directory; give another path.",
+        lines="run: File exists; give another path.",
     ),
     Row(
         tried="a full disk",

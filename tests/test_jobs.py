@@ -451,7 +451,7 @@ def test_a_folder_of_the_runs_name_is_the_runs_if_the_task_lies_in_it(tmp_path, 
     found = {}
     for place in ("mine/jobs/round-0001", "carried"):
         path = tmp_path / place / "client-0000.a1.task.json"
-        note = exchange.Note(path=path, content=content, digest="")
+        note = exchange.Note(path=path, content=content)
         found[place] = worker._run_of(note, ClientOptions(task=(str(path),)))[0].save_path
     assert found == {"mine/jobs/round-0001": "mine", "carried": str(tmp_path / "carried")}
 

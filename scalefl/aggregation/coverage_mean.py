@@ -29,9 +29,7 @@ class CoverageMean:
 
     def add(self, update: ClientUpdate) -> None:
         if "change" not in self.sums:
-            self.sums["change"] = {
-                name: torch.zeros_like(value) for name, value in self._global_state.items()
-            }
+            self.sums["change"] = {n: torch.zeros_like(value) for n, value in self._global_state.items()}
             self.sums["level_weight"] = {str(level): torch.zeros(()) for level in self._plans}
         weight = float(update.num_examples) if self._weighting == "examples" else 1.0
         add_into(self.sums["change"], update.delta, self._plans[update.level], weight)

@@ -36,6 +36,9 @@ SILENCE_SECONDS = 120.0
 on their own machine at once.
 """
 
+MEETING_SECONDS = 600.0
+"""In which the processes of a launch find each other: without their launcher they never do."""
+
 PARENT = "SCALEFL_STARTED_BY"
 """Variable that names the process without which this one has nothing to do."""
 
@@ -54,7 +57,7 @@ class Watchdog:
         self._leave_at: float | None = None
         self._heard: dict[int, tuple[int, int]] = {}
         """By rank: how often it said that it lives, and how many looks ago it last said so."""
-        self._looks_without_answer = 0
+        self._looks_without_answer, self._since = 0, time.monotonic()
         self._done = threading.Event()
         self._threads: list[threading.Thread] = []
         self._started_by, self._launcher = os.environ.get(PARENT), STARTED_BY
@@ -126,6 +129,8 @@ class Watchdog:
         """Without who started it a process would train on for nobody."""
         if self._is_launched and os.getppid() != self._launcher:
             self._prepare_to_leave("the launcher is gone", 0)
+        if self._is_launched and self._board is None and time.monotonic() - self._since > MEETING_SECONDS:
+            self._prepare_to_leave(f"the launch's processes did not meet within {MEETING_SECONDS:.0f} s", 0)
         if self._started_by is not None and not _lives(self._started_by):
             self._prepare_to_leave("the process that started this one is gone", 0)
 

@@ -47,16 +47,7 @@ class ClientTrainer:
         session.load(sent)
         labels = [self.batcher.examples[i].label for i in task.example_ids]
         draws = numpy_rng(run.seed, "batches", round=task.round, client=task.client)
-        steps = step_order(
-            task.example_ids,
-            labels,
-            batch_size=run.batch_size,
-            num_epoch=run.num_epoch,
-            local_steps=run.local_steps,
-            balanced=run.balanced_sampling,
-            rng=draws,
-            lengths=self.batcher.lengths(task.example_ids) if run.length_bucketing else None,
-        )
+        steps = self._steps(task, labels, draws)
         shifts = draw_shifts(sum(map(len, steps)), draws) if run.augment else None
         objective = self._objective(task, labels)
         seen = 0
@@ -82,6 +73,22 @@ class ClientTrainer:
                 "seconds": time.perf_counter() - started,
             },
             batches=self._digest(steps),
+        )
+
+    def _steps(
+        self, task: ClientTask, labels: Sequence[int | None], draws: np.random.Generator
+    ) -> Sequence[Ids]:
+        """The examples of every step."""
+        run = self.run
+        return step_order(
+            task.example_ids,
+            labels,
+            batch_size=run.batch_size,
+            num_epoch=run.num_epoch,
+            local_steps=run.local_steps,
+            balanced=run.balanced_sampling,
+            rng=draws,
+            lengths=self.batcher.lengths(task.example_ids) if run.length_bucketing else None,
         )
 
     def _digest(self, steps: Sequence[Ids]) -> str:

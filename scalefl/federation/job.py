@@ -11,6 +11,12 @@ from typing import Protocol
 
 from scalefl.federation.resources import Resources
 
+JOB_ENDS = "its job ends"
+"""The next step of a client that stops: what started it sees to the rest."""
+
+OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of the launch that this process may be part of, and a job is not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

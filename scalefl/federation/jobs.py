@@ -19,12 +19,12 @@ from typing import Any
 from scalefl.config.derived import micro_batch_size
 from scalefl.config.saved import FREE_ON_RESUME, to_dict
 from scalefl.contracts import ClientFailure, ClientTask, ClientUpdate, InputError, Outcome, State
-from scalefl.features import FeatureFiles
+from scalefl.features import INDEX, FeatureFiles
 from scalefl.federation import exchange
 from scalefl.federation.attempts import halved, lacks_memory, name_of, tell_failure, unusable
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.exchange import BadFileError, ForeignFileError, Note
-from scalefl.federation.job import Job, Launcher, NotNowError
+from scalefl.federation.job import JOB_ENDS, Job, Launcher, NotNowError
 from scalefl.federation.resources import Resources, read_resources
 from scalefl.federation.setup import Federation
 from scalefl.registry import resolve
@@ -38,8 +38,6 @@ START_SECONDS = 1800.0
 
 MODEL = "model"
 """Folder of what every client needs, and does not change: the model's config and its processor."""
-
-FEATURES = "features.json"
 
 
 @dataclass(kw_only=True)
@@ -160,7 +158,7 @@ class Jobs:
         features = self._fed.batchers["train"].features
         # Names of images: for processes that read the run's own features, not for a folder that is carried.
         if isinstance(features, FeatureFiles) and self._run.job_launcher != "manual":
-            features.write_index(temporary / FEATURES)
+            features.write_index(temporary / INDEX)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 
@@ -375,5 +373,5 @@ def _last_words(log: Path) -> str:
         return ""
     own = [line for line in lines if line.startswith("scalefl: ")]
     said = (own or lines)[-1][:300] if lines else ""
-    said = said.removeprefix("scalefl: ").removesuffix("; stopped; its job ends.")
+    said = said.removeprefix("scalefl: ").removesuffix(f"; stopped; {JOB_ENDS}.")
     return f": {said}" if said else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import torch
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError
 from scalefl.engine.watchdog import PARENT, who_i_am
-from scalefl.federation.job import Job, client_command, shell
+from scalefl.federation.job import OF_A_LAUNCH, Job, client_command, shell
 from scalefl.federation.resources import Resources
 
 TERM_SECONDS, TERM_SECONDS_OF_LAUNCHES = 5.0, 35.0
@@ -25,9 +24,6 @@ TERM_SECONDS, TERM_SECONDS_OF_LAUNCHES = 5.0, 35.0
 
 PORTS = range(20000, 32000)
 """Below those that Linux gives to connections (32768 and up)."""
-
-OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables of the launch that this process may be part of."""
 
 
 class Local:
@@ -157,7 +153,8 @@ def held_port() -> tuple[socket.socket, int]:
     It holds the UDP port of that number, for the TCP port is the job's to open; and it is none of those that
     the system gives away by itself.
     """
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+    first = os.getpid() % len(PORTS)  # not where another run has just found its own
+    for port in [*PORTS[first:], *PORTS[:first]]:
         held = socket.socket(type=socket.SOCK_DGRAM)
         try:
             held.bind(("127.0.0.1", port))

@@ -40,8 +40,8 @@ class Manual:
 
     def preview(self, jobs: Sequence[Job]) -> list[str]:
         return [
-            f"waiting for the answer to {task}; at the client, with level-{job.level}.safetensors beside it: "
-            f"scalefl client --task {task.name} --data-root DIR"
+            f"waiting for the answer to {task}; at the client, with level-{job.level}.safetensors beside it "
+            f"and jobs/model/ beside its folder: scalefl client --task {task.name} --data-root DIR"
             for job in jobs
             for task in job.tasks
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,42 +29,46 @@ class Resources:
 
 
 def read_resources(path: str | None, levels: tuple[int, ...]) -> dict[int, Resources]:
-    """Level -> resources. Raises InputError for an unknown level or name, and for a value of another kind."""
+    """Level -> resources. Raises InputError, a line for each unknown level or name, or value of no use."""
     content = read_yaml(path) if path is not None else {}
-    base = _read(path, EVERY_LEVEL, content.get(EVERY_LEVEL), Resources())
-    unknown = [key for key in content if key != EVERY_LEVEL and key not in levels]
-    if unknown:
-        raise InputError(
-            f"--level_resources {path}: unknown level {unknown[0]!r}; expected {EVERY_LEVEL} or one of "
-            f"{', '.join(map(str, levels))}."
-        )
-    return {level: _read(path, level, content.get(level), base) for level in levels}
+    problems = [
+        f"--level_resources {path}: {problem}"
+        for key, given in content.items()
+        for problem in _problems(key, given, levels)
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+    base = _with(Resources(), content.get(EVERY_LEVEL))
+    return {level: _with(base, content.get(level)) for level in levels}
 
 
-def _read(path: str | None, level: Any, given: Any, base: Resources) -> Resources:
-    where = f"--level_resources {path}: {level}"
+def _problems(key: Any, given: Any, levels: tuple[int, ...]) -> Iterator[str]:
+    if key != EVERY_LEVEL and key not in levels:
+        yield f"unknown level {key!r}; expected {EVERY_LEVEL} or one of {', '.join(map(str, levels))}."
+        return
+    if given is not None and not isinstance(given, Mapping):
+        yield f"{key}: got {given!r}; expected entries such as processes: 4."
+        return
     known = [field.name for field in fields(Resources)]
-    if given is None:
-        return base
-    if not isinstance(given, Mapping):
-        raise InputError(f"{where}: got {given!r}; expected entries such as processes: 4.")
-    values = dict(given)
+    values = dict(given or {})
     for name in values:
         if name not in known:
-            raise InputError(
-                f"{where}: unknown name '{name}'; {nearest(name, known)}known: {', '.join(known)}."
-            )
+            yield f"{key}: unknown name '{name}'; {nearest(name, known)}known: {', '.join(known)}."
     for name, least in (("processes", 1), ("gpus", 0)):
         if name in values and (type(values[name]) is not int or values[name] < least):
-            raise InputError(f"{where}: {name}: got {values[name]!r}; expected a whole number >= {least}.")
-    if "sbatch" in values:
-        arguments = values["sbatch"]
-        if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
-            raise InputError(f"{where}: sbatch: got {arguments!r}; expected a list such as ['--time=60'].")
-        values["sbatch"] = tuple(arguments)
+            yield f"{key}: {name}: got {values[name]!r}; expected a whole number >= {least}."
+    arguments = values.get("sbatch", [])
+    if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
+        yield f"{key}: sbatch: got {arguments!r}; expected a list such as ['--time=60']."
     config = values.get("accelerate_config")
     if config is not None and not Path(str(config)).is_file():
-        raise InputError(f"{where}: accelerate_config: no file {config}; expected one for accelerate launch.")
-    if config is not None:
-        values["accelerate_config"] = str(Path(config).absolute())
+        yield f"{key}: accelerate_config: no file {config}; expected one for accelerate launch."
+
+
+def _with(base: Resources, given: Mapping[str, Any] | None) -> Resources:
+    values = dict(given or {})
+    if "sbatch" in values:
+        values["sbatch"] = tuple(values["sbatch"])
+    if values.get("accelerate_config") is not None:
+        values["accelerate_config"] = str(Path(values["accelerate_config"]).absolute())
     return replace(base, **values)

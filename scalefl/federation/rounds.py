@@ -214,7 +214,9 @@ class RoundLoop:
             "lr": lr,
             "train_loss": sum(loss * n for loss, n in losses) / sum(n for _, n in losses) if losses else None,
             "left_out": len(clients) - len(kept),
-            "bytes_down": sum(slice_bytes[c["level"]] for c in clients),
+            "bytes_down": sum(
+                slice_bytes[c["level"]] * (len(c["failures"]) + c["delivered"]) for c in clients
+            ),
             "bytes_up": sum(slice_bytes[c["level"]] for c in kept),
             "missing": {str(client): why for client, why in simulation.missing.items()},
             **seconds,

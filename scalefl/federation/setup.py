@@ -29,6 +29,7 @@ from scalefl.engine.launch import Engine
 from scalefl.engine.optimizers import check_quantisation
 from scalefl.evaluate import Evaluator
 from scalefl.features import image_features
+from scalefl.federation.resources import read_resources
 from scalefl.federation.start import Origin, start_from
 from scalefl.levels import assign_levels
 from scalefl.models.store import Store
@@ -108,17 +109,7 @@ def build(
     clients = _deal(run, data)
     client_levels = run.client_levels or assign_levels(run.num_clients, run.client_split_ratios, run.seed)
     batchers = _batchers(run, engine, store, processor, data)
-    evaluators = {
-        split: Evaluator(
-            run=run,
-            engine=engine,
-            store=store,
-            batcher=batchers[split],
-            answers=data.answers,
-            processor=processor,
-        )
-        for split in HELD_OUT
-    }
+    judging = {"run": run, "engine": engine, "store": store, "answers": data.answers, "processor": processor}
     return Federation(
         run=run,
         model_file=model_file,
@@ -130,7 +121,7 @@ def build(
         base=start.base,
         origin=start.origin,
         batchers=batchers,
-        evaluators=evaluators,
+        evaluators={split: Evaluator(batcher=batchers[split], **judging) for split in HELD_OUT},
         clients=clients,
         client_levels=client_levels,
         held_out={split: _held_out(run, data, split, clients, client_levels, store) for split in HELD_OUT},
@@ -142,6 +133,7 @@ def check_launch(run: RunConfig, engine: Engine) -> None:
     ranks_apart = resolve("executor", run.executor).splits
     if run.executor == "jobs":
         resolve("job_launcher", run.job_launcher)
+        read_resources(run.level_resources, tuple(range(1, len(run.horizontal_scale_ratios) + 1)))
     micro_batch_size(run, 1 if ranks_apart else engine.num_processes)
     holds_whole_base(run, engine.shards_weights)
     check_attention(run, engine.device.type, is_flash_attn_2_available())

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, Unfinished
-from scalefl.federation.job import Job, NotNowError, client_command, shell
-from scalefl.federation.local import OF_A_LAUNCH
+from scalefl.federation.job import OF_A_LAUNCH, Job, NotNowError, client_command, shell
 from scalefl.federation.resources import Resources
 
 log = logging.getLogger("scalefl")

@@ -33,12 +33,12 @@ from scalefl.contracts import (
 )
 from scalefl.data.images import decode_all
 from scalefl.engine.launch import Engine
-from scalefl.features import FeatureFiles, image_features
+from scalefl.features import INDEX, FeatureFiles, image_features
 from scalefl.federation import exchange
 from scalefl.federation.attempts import Bench, name_of
 from scalefl.federation.client import ClientTrainer
 from scalefl.federation.exchange import BadFileError, Note
-from scalefl.federation.jobs import FEATURES
+from scalefl.federation.job import JOB_ENDS
 from scalefl.federation.setup import check_launch, read_data
 from scalefl.federation.start import client_store
 from scalefl.federation.stop import StopSignal
@@ -60,7 +60,7 @@ def work(options: ClientOptions) -> None:
     if options.out is not None and not Path(options.out).absolute().parent.is_dir():
         raise InputError(f"--out {options.out}: its folder is not there; expected one to write into.")
     run, model_file = _run_of(tasks[0], options)
-    engine = Engine(run, next_step="its job ends")
+    engine = Engine(run, next_step=JOB_ENDS)
     check_launch(run, engine)
     family = resolve("arch", run.arch)
     processor = family.load_processor(str(model_folder))
@@ -248,7 +248,7 @@ def _batcher(
     )
     features: Mapping[str, Any] | None = None
     if caches_features(run):
-        index = model_folder / FEATURES
+        index = model_folder / INDEX
         if index.is_file() and run.data_here != "train":
             features = FeatureFiles.read_index(index)
             store.drop_vision()

@@ -3,7 +3,8 @@
 `SCALEFL_FAULT`, a JSON object, says which: `client` (or the first one of `rank`) and `round`, whose training
 is hit; `kind`, what happens; `times`, how many attempts are hit, counted over all processes in files of the
 folder `marks`; `unseen`, that the client's own check is passed; `silence`, after how many seconds a rank that
-says nothing is lost; `grace`, after how many a process that was told to end is ended. Of kinds `slow save`,
+says nothing is lost; `grace`, after how many a process that was told to end is ended;
+`meeting`, in how many the processes of a launch must meet. Of kinds `slow save`,
 `slow end` and `full disk` no client is hit: a checkpoint, or the results, take `seconds`, or what `rank` has
 of a round cannot be written.
 """
@@ -42,6 +43,7 @@ def _install(fault: dict) -> None:
 
     rank = int(os.environ.get("RANK", "0"))
     watchdog.SILENCE_SECONDS = fault.get("silence", watchdog.SILENCE_SECONDS)
+    watchdog.MEETING_SECONDS = fault.get("meeting", watchdog.MEETING_SECONDS)
     watchdog.GRACE_SECONDS = fault.get("grace", watchdog.GRACE_SECONDS)
     if fault["kind"] == "slow end":
         results = RunFolder.write_results
