@@ -444,6 +444,7 @@ def test_a_folder_of_the_runs_name_is_the_runs_if_the_task_lies_in_it(tmp_path, 
     content = {
         "run": to_dict(dataclasses.replace(run, save_path="mine")),
         "model_file": to_dict(resolved(tmp_path)[1]),
+        "model": "../model",
     }
     (tmp_path / "mine" / "jobs" / "round-0001").mkdir(parents=True)
     (tmp_path / "carried").mkdir()
@@ -453,7 +454,7 @@ def test_a_folder_of_the_runs_name_is_the_runs_if_the_task_lies_in_it(tmp_path, 
         path = tmp_path / place / "client-0000.a1.task.json"
         note = exchange.Note(path=path, content=content)
         found[place] = worker._run_of(note, ClientOptions(task=(str(path),)))[0].save_path
-    assert found == {"mine/jobs/round-0001": "mine", "carried": str(tmp_path / "carried")}
+    assert found == {"mine/jobs/round-0001": "mine", "carried": str(tmp_path)}
 
 
 def what_a_site_forgets(site, task, own):
