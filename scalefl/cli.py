@@ -32,9 +32,9 @@ COMMANDS_OF_THEIR_OWN = {
 """Command without a run -> the function that takes its options. Imported late: torch takes seconds."""
 
 NEXT_STEPS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give another --save_path."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or write into another folder."),
     **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions, or give another --save_path."
+        (errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions, or write into another folder."
     ),
     **dict.fromkeys(
         (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST), "give another path."

@@ -319,7 +319,7 @@ ROWS = (
         on_full_disk=True,
         lines=(
             "run/checkpoints/round-0001: No space left on device; free some space, "
-            "or give another --save_path."
+            "or write into another folder."
         ),
     ),
     Row(

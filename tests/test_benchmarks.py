@@ -51,6 +51,19 @@ def test_a_benchmark_prints_its_table(command: str, num_rows: int) -> None:
 
 
 @pytest.mark.slow
+def test_curves_of_early_exits_are_written(tmp_path: Path) -> None:
+    """A point of every threshold, as many rows of the file; the last one computes everything."""
+    done = run("early_exit.py", "--small", "--seeds", "0", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert len(ROW.findall(done.stdout)) == 2
+    header, *points = (tmp_path / "early_exit.csv").read_text().splitlines()
+    assert header == "seed,threshold,accuracy,mean_cost" and len(points) > 10
+    costs = [float(point.rpartition(",")[2]) for point in points]
+    assert costs == sorted(costs) and 0 < costs[0] < costs[-1] == 1
+    assert (tmp_path / "early_exit.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_the_plain_loop_does_the_same_work() -> None:
     """Weights equal after three steps, but for the order of sums."""
     done = run("step_time.py", "--steps", "1", "--small")

@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(tmp_pat
     run_folder = small_disk / "run"
     assert main([*arguments(tmp_path, **options), "--save_path", str(run_folder)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "scalefl:" in line]
-    assert line.endswith("No space left on device; free some space, or give another --save_path.")
+    assert line.endswith("No space left on device; free some space, or write into another folder.")
     last = load_latest(run_folder / "checkpoints")
     assert 1 <= last.round < 5
     assert not [name for name in names(run_folder / "checkpoints") if name.endswith(".tmp")]

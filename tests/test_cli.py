@@ -220,12 +220,12 @@ def test_a_good_run_starts_and_exits_with_0(training):
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"),
             2,
-            "scalefl: runs/x: No space left on device; free some space, or give another --save_path.",
+            "scalefl: runs/x: No space left on device; free some space, or write into another folder.",
         ),
         (
             PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x"),
             2,
-            "scalefl: runs/x: Permission denied; mend the permissions, or give another --save_path.",
+            "scalefl: runs/x: Permission denied; mend the permissions, or write into another folder.",
         ),
         (
             Interrupted(signal.SIGTERM),
