@@ -121,10 +121,15 @@ def with_rank_parts(folder: Path, progress: Progress) -> Progress:
             partial = Partial(
                 sums=sums,
                 clients=[*partial.clients, *clients],
-                failures={**partial.failures, **record["failures"]},
+                failures=_longest(partial.failures, record["failures"]),
             )
             progress = dataclasses.replace(progress, partial=partial)
     return progress
+
+
+def _longest(known: Mapping[str, list[str]], others: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Of each client: every rank begins with what is known of all, and adds to its own clients' alone."""
+    return {c: max(known.get(c, []), others.get(c, []), key=len) for c in known.keys() | others.keys()}
 
 
 def drop_rank_parts(folder: Path) -> None:

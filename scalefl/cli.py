@@ -96,9 +96,9 @@ def _stoppable(work: Callable[[], None], next_step: str) -> int:
             print(f"scalefl: {stop}; {next_step}.", file=sys.stderr)
         return EXIT_SIGNAL + stop.signum
     except Unfinished as stop:
-        from scalefl.engine.watchdog import EXIT_UNFINISHED, unfinished
+        from scalefl.engine.watchdog import EXIT_UNFINISHED, speaks_of, unfinished
 
-        if _speaks():
+        if speaks_of(stop):
             print(unfinished(str(stop), next_step), file=sys.stderr)
         return EXIT_UNFINISHED
     return 0

@@ -132,6 +132,10 @@ class Unfinished(Exception):  # noqa: N818  # what happened, not whose fault
     """The run stops before its end, at a state on disk from which it can be resumed."""
 
 
+class FirstGone(Unfinished):  # noqa: N818  # as above
+    """Rank 0, which speaks for all, is gone."""
+
+
 class Aggregator(Protocol):
     """A streaming merge of one round's updates into the global trainable state."""
 

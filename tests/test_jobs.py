@@ -395,10 +395,14 @@ def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options, caps
             forget_launch()
             capsys.readouterr()
             typed = ["--task", str(site / "jobs" / "round-0001" / tasks[0].name), "--data_root", str(own)]
-            assert main(["client", *typed, "--out", str(site / "no.json")]) == 75
+            typed += ["--out", str(site / "x.update.json")]
+            assert main(["client", *typed]) == 75
             said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("scalefl:")]
             assert said == ["scalefl: client 0 (level 1) failed: RuntimeError: a bug; stopped; its job ends."]
-            assert [path.name for path in site.glob("no*")] == ["no.failure.json"]
+            assert [path.name for path in site.glob("x*")] == ["x.failure.json"]
+        forget_launch()
+        assert main(["client", *typed]) == 0
+        assert sorted(path.name for path in site.glob("x*")) == ["x.update.json", "x.update.safetensors"]
         for what, line in what_a_site_forgets(site, tasks[0].name, own):
             forget_launch()
             capsys.readouterr()

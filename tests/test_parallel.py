@@ -156,6 +156,8 @@ def test_ranks_killed_at_random_moments(tmp_path):
             os.kill(ranks[trial % 2], signal.SIGKILL)
             assert job.end(seconds=60) != 0
             assert job.running() == []
+            (line,) = [text for text in job.output.splitlines() if text.startswith("scalefl:")]
+            assert line.endswith(f"; stopped; go on with `scalefl train --resume {tmp_path / 'run'}`.")
     assert resume(tmp_path / "run") == 0
     assert largest_difference(state(tmp_path / "run", 40), state(one, 40)) <= 40 * ROUNDING
 
@@ -233,6 +235,13 @@ def test_a_client_that_fails_is_tried_again(tmp_path, sequential, executor, time
             None,  # 2 of the one, 75 of the other: whichever ends first
         ),
         (
+            "raise in evaluation",
+            {"rank": 1},
+            {"executor": "parallel"},
+            "scalefl: rank 1: RuntimeError: a fault; stopped",
+            None,
+        ),
+        (
             "raise",
             {"times": 9},
             {"executor": "parallel", "client_retries": 0, "min_clients": 5},
@@ -240,7 +249,15 @@ def test_a_client_that_fails_is_tried_again(tmp_path, sequential, executor, time
             75,
         ),
     ],
-    ids=["one hangs", "one of two fails", "one is lost", "the first is lost", "no space", "too few"],
+    ids=[
+        "one hangs",
+        "one of two fails",
+        "one is lost",
+        "the first is lost",
+        "no space",
+        "a collective",
+        "too few",
+    ],
 )
 def test_what_ranks_cannot_mend_ends_the_run_resumably(
     tmp_path, sequential, kind, fault, options, cause, code
@@ -260,6 +277,21 @@ def test_what_ranks_cannot_mend_ends_the_run_resumably(
     assert code is None or f"exitcode: {code}" in job.output.replace(" ", "").replace(":", ": ")
     assert resume(tmp_path / "run", "--executor", "sequential") == 0
     assert largest_difference(state(tmp_path / "run", 2), state(sequential(**tuning), 2)) <= ROUNDING
+
+
+@pytest.mark.slow
+def test_a_round_that_was_gathered_is_rank_0_s_alone(tmp_path, sequential):
+    """Stopped in its evaluation, where rank 0 cannot save it: it is trained once more, with all it had."""
+    options = {"tuning": "full", "dropout_rate": 0.0}
+    more = {**OPTIONS, **options, "executor": "parallel", "eval_every": 2}
+    fault = faulty(tmp_path, "stop in evaluation", rank=0)
+    with launched(tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **more)], **fault) as job:
+        assert job.end() != 0
+        assert job.running() == []
+    assert "No space left on device" in job.output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-0001"]
+    assert resume(tmp_path / "run") == 0
+    assert largest_difference(state(tmp_path / "run", 2), state(sequential(**options), 2)) <= ROUNDING
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from scalefl.contracts import Unfinished
+from scalefl.contracts import FirstGone, Unfinished
 
 POLL_SECONDS = 0.02
 STORE_TIMEOUT = timedelta(seconds=60)
@@ -112,7 +112,7 @@ class Board:
         try:
             return question()
         except RuntimeError as error:
-            raise Unfinished("rank 0 is gone") from error
+            raise FirstGone("rank 0 is gone") from error
 
 
 def _connect(port: int, *, opens: bool) -> Any:

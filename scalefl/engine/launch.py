@@ -40,6 +40,9 @@ PROCESS_TIMEOUT = timedelta(days=7)
 that rank 0 is gone, and a launcher that a process of its machine is.
 """
 
+OF_A_LOST_RANK = ("onnection closed by peer", "onnection reset by peer", "remote process exited")
+"""In errors of gloo and NCCL."""
+
 PATIENCE_SECONDS = 30.0
 """From one rank's failed client to the other ranks' word on it: if they hang, they wait for that rank."""
 
@@ -311,9 +314,14 @@ def telling_others() -> Iterator[None]:
     except (Interrupted, Unfinished):
         raise
     except Exception as error:
-        if Engine._board is not None:
+        if (board := Engine._board) is not None:
+            if not isinstance(error, InputError | OSError):
+                if (cause := board.given_up()) is not None:  # what happens to this one is but its echo
+                    raise Unfinished(cause) from error
+                if any(words in str(error) for words in OF_A_LOST_RANK):
+                    raise Unfinished(f"another rank is gone: {_in_one_line(error)}") from error
             with contextlib.suppress(Unfinished):
-                Engine._board.give_up(_in_one_line(error))
+                board.give_up(_in_one_line(error))
         raise
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scalefl import STARTED_BY
-from scalefl.contracts import Unfinished
+from scalefl.contracts import FirstGone, Unfinished
 from scalefl.engine.board import Board
 
 log = logging.getLogger("scalefl")
@@ -97,9 +97,10 @@ class Watchdog:
         finally:
             self._client = None
 
-    def _prepare_to_leave(self, cause: str, grace: float = GRACE_SECONDS) -> None:
+    def _prepare_to_leave(self, cause: str, grace: float | None = None) -> None:
         if self._leave_at is None:
-            self._cause, self._leave_at = cause, time.monotonic() + grace
+            self._cause = cause
+            self._leave_at = time.monotonic() + (GRACE_SECONDS if grace is None else grace)
 
     def _watch(self) -> None:
         while not self._done.wait(SECONDS_BETWEEN_LOOKS):
@@ -138,7 +139,7 @@ class Watchdog:
         """Its machine may be lost, or the process frozen, which closes no connection."""
         self._looks_without_answer += 1
         if self._looks_without_answer * SECONDS_BETWEEN_LOOKS > SILENCE_SECONDS:
-            self._speaks = self._rank == 1
+            self._speaks = stands_in()
             self._prepare_to_leave(f"rank 0 has not been heard of for {SILENCE_SECONDS:.0f} s", 0)
 
     def _look_at_board(self, board: Board) -> None:
@@ -148,7 +149,8 @@ class Watchdog:
             if (cause := board.given_up()) is not None:
                 self._given_up = cause
                 self._prepare_to_leave(cause)
-        except Unfinished as gone:
+        except FirstGone as gone:
+            self._speaks = stands_in()
             self._prepare_to_leave(str(gone))
 
     def _look_at_ranks(self, board: Board) -> None:
@@ -193,6 +195,18 @@ def _start_time(number: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] == "Z" else fields[19]
+
+
+def speaks_of(stop: Unfinished) -> bool:
+    """Whether this rank says why the run stops."""
+    return os.environ.get("RANK", "0") == "0" or (isinstance(stop, FirstGone) and stands_in())
+
+
+def stands_in() -> bool:
+    """Whether this rank speaks where rank 0 cannot: its neighbour, which may be lost with it, or the first of
+    another machine.
+    """
+    return os.environ.get("RANK") == "1" or os.environ.get("LOCAL_RANK") == "0"
 
 
 def to_resume(save_path: str) -> str:

@@ -115,10 +115,13 @@ class ClientTrainer:
         if self.answer_ids is not None:
             counts = [sum(label == a for label in labels) for a in range(len(self.answer_ids))]
             table = answer_prior_adjustment(counts, self.answer_ids, self.vocab_size).to(self.engine.device)
-        distilling = task.round > self.run.KD_start * self.run.num_rounds
-        return Objective(
-            distill_weight=self.run.KD_gamma if distilling else 0.0, temperature=self.run.KD_T, table=table
-        )
+        weight = self.run.KD_gamma if distils(self.run, task.round) else 0.0
+        return Objective(distill_weight=weight, temperature=self.run.KD_T, table=table)
+
+
+def distils(run: RunConfig, round: int) -> bool:
+    """Whether the deepest exit teaches in this round."""
+    return round > run.KD_start * run.num_rounds
 
 
 class MeanLoss:

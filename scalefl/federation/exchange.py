@@ -48,8 +48,11 @@ def task_path(folder: Path, client: int, attempt: int) -> Path:
 
 
 def answer_path(task: Path, kind: str) -> Path:
-    """Where a client answers a task: `kind` is "update" or "failure"."""
-    return task.with_name(f"{task.name.removesuffix('.json').removesuffix('.task')}.{kind}.json")
+    """Where a client answers a task, or beside another answer: `kind` is "update" or "failure"."""
+    name = task.name.removesuffix(".json")
+    for ending in (".task", ".update"):
+        name = name.removesuffix(ending)
+    return task.with_name(f"{name}.{kind}.json")
 
 
 def write_note(path: Path, kind: str, content: Mapping[str, Any]) -> None:

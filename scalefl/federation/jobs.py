@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalefl.config.derived import micro_batch_size
 from scalefl.config.saved import FREE_ON_RESUME, to_dict
 from scalefl.contracts import ClientFailure, ClientTask, ClientUpdate, InputError, Outcome, State
 from scalefl.features import INDEX, FeatureFiles
 from scalefl.federation import exchange
 from scalefl.federation.attempts import halved, lacks_memory, name_of, tell_failure, unusable
-from scalefl.federation.client import ClientTrainer
+from scalefl.federation.client import ClientTrainer, distils
 from scalefl.federation.exchange import BadFileError, ForeignFileError, Note
 from scalefl.federation.job import JOB_ENDS, Job, Launcher, NotNowError
 from scalefl.federation.resources import Resources, read_resources
@@ -77,8 +76,6 @@ class Jobs:
             )
         levels = federation.store.models.levels
         self._resources: dict[int, Resources] = read_resources(self._run.level_resources, levels)
-        for wanted in self._resources.values():
-            micro_batch_size(self._run, wanted.processes)
         self._launcher: Launcher = resolve("job_launcher", self._run.job_launcher)(self._run, self._resources)
         self._folder = Path(self._run.save_path).absolute() / "jobs"
         self._names: Counter[int] = Counter()
@@ -280,7 +277,7 @@ class Desk:
         """
         assert ticket.file is not None
         try:
-            note = self._note(ticket, "failure") or self._note(ticket, "update")
+            note = self._note(ticket, "update") or self._note(ticket, "failure")
             if note is None:
                 return False
             problem = self._problem(ticket, note)
@@ -353,6 +350,7 @@ class Desk:
             "attempt": ticket.attempt,
             "example_ids": list(task.example_ids),
             "tensors": self._sent[task.level],
+            "distils": distils(self._run, task.round),
         }
         ticket.name = _name_of_task(content)
         more = {"task": ticket.name, "micro_batch_size": ticket.micro_batch_size}

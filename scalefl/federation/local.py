@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -32,17 +32,9 @@ class Local:
         self._resources = resources
         self._gpus = visible_gpus() if run.use_gpu is not False else []
         self._on_cpu = not self._gpus
-        for level, wanted in resources.items():
-            if wanted.gpus > len(self._gpus):
-                raise InputError(
-                    f"--level_resources: level {level} asks for {wanted.gpus} GPU(s), this machine shows "
-                    f"{len(self._gpus)}; ask for fewer, or use --job_launcher slurm."
-                )
-            if self._gpus and wanted.processes > max(1, wanted.gpus):
-                raise InputError(
-                    f"--level_resources: level {level} asks for {wanted.processes} processes on "
-                    f"{wanted.gpus} GPU(s); expected a GPU for each: gpus: {wanted.processes}."
-                )
+        problems = [text for level, wanted in resources.items() for text in self._problems(level, wanted)]
+        if problems:
+            raise InputError("\n".join(problems))
         most = max(resource.processes for resource in resources.values())
         by_cores = max(1, (os.cpu_count() or 1) // most)
         self._max_jobs = run.max_jobs or (by_cores if self._on_cpu else max(1, len(self._gpus)))
@@ -52,6 +44,18 @@ class Local:
         self._ports: dict[str, socket.socket] = {}
         self._is_alone: dict[str, bool] = {}
         """Whether a job is one process, without a launcher."""
+
+    def _problems(self, level: int, wanted: Resources) -> Iterator[str]:
+        if wanted.gpus > len(self._gpus):
+            yield (
+                f"--level_resources: level {level} asks for {wanted.gpus} GPU(s), this machine shows "
+                f"{len(self._gpus)}; ask for fewer, or use --job_launcher slurm."
+            )
+        elif self._gpus and wanted.processes > max(1, wanted.gpus):
+            yield (
+                f"--level_resources: level {level} asks for {wanted.processes} processes on "
+                f"{wanted.gpus} GPU(s); expected a GPU for each: gpus: {wanted.processes}."
+            )
 
     def room(self, level: int) -> int:
         jobs, gpus = self._max_jobs - len(self._running), self._gpus_of(level)

@@ -3,40 +3,73 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import IO
 
 from scalefl.contracts import InputError
+
+log = logging.getLogger("scalefl")
 
 LOCK = ".lock"
 
 PATIENCE_SECONDS = 120.0
 """What a file server takes at most to free the lock of a machine that was lost, from which SLURM requeued."""
 
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 @contextlib.contextmanager
 def locked(folder: Path, *, takes: bool) -> Iterator[None]:
     """Within, no other process `takes` the folder; the system frees it when this one ends, however it ends.
 
-    Raises InputError if another one has it.
+    Raises InputError if another one has it. A folder that was made for the lock alone goes with it.
     """
     if not takes:
         yield
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    lock = FileLock(folder / LOCK, timeout=PATIENCE_SECONDS if is_requeued else 0)
+    path = folder / LOCK
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"--save_path {folder}: another process trains there; expected a folder of this run's own, or "
-            "that process to end first."
-        ) from error
-    try:
-        yield
+        with open(path, "a") as file:
+            _take(file, folder)
+            try:
+                yield
+            finally:
+                if made and list(folder.iterdir()) == [path]:
+                    path.unlink()
     finally:
-        lock.release()
+        for each in made:
+            with contextlib.suppress(OSError):  # there is something in it
+                each.rmdir()
+
+
+def _take(file: IO[str], folder: Path) -> None:
+    is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    end = time.monotonic() + (PATIENCE_SECONDS if is_requeued else 0)
+    while not _is_free(file):
+        if time.monotonic() >= end:
+            raise InputError(
+                f"--save_path {folder}: another process trains there; expected a folder of this run's own, "
+                "or that process to end first."
+            )
+        time.sleep(0.2)
+
+
+def _is_free(file: IO[str]) -> bool:
+    """Whether the lock is this process's now; true where the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        log.warning("%s: no locks there; see to it that one process at a time trains in it", file.name)
+    return True

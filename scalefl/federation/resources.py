@@ -53,7 +53,7 @@ def _problems(key: Any, given: Any, levels: tuple[int, ...]) -> Iterator[str]:
     values = dict(given or {})
     for name in values:
         if name not in known:
-            yield f"{key}: unknown name '{name}'; {nearest(name, known)}known: {', '.join(known)}."
+            yield f"{key}: unknown name '{name}'; {nearest(str(name), known)}known: {', '.join(known)}."
     for name, least in (("processes", 1), ("gpus", 0)):
         if name in values and (type(values[name]) is not int or values[name] < least):
             yield f"{key}: {name}: got {values[name]!r}; expected a whole number >= {least}."

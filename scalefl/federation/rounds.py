@@ -64,8 +64,8 @@ class RoundLoop:
         self._display.round_starts(number, self._run.num_rounds, len(tasks))
         try:
             self._train(before, todo, lr, merge, clients)
-            clients = self._gather(merge, clients)
-            self._check_delivered(number, clients)
+            records = self._gather(merge, clients)
+            self._check_delivered(number, records)
             state = self._merged(merge, before.state)
             training_seconds = time.perf_counter() - started
             evaluation = self._evaluate(number, state)
@@ -77,7 +77,7 @@ class RoundLoop:
             self._display.stop()
         best = self._best(before.best, number, evaluation)
         seconds = {"seconds": time.perf_counter() - started, "training_seconds": training_seconds}
-        record = self._record(number, lr, clients, evaluation, seconds, simulation)
+        record = self._record(number, lr, records, evaluation, seconds, simulation)
         self._display.line(_round_line(record, self._run.num_rounds))
         metrics_bytes = self._folder.append_metrics(record, at=before.metrics_bytes)
         self._track(record)
@@ -149,18 +149,24 @@ class RoundLoop:
         return record
 
     def _gather(self, merge: Aggregator, clients: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Where ranks trained clients of their own: rank 0 gets all sums, every rank all records."""
+        """Every rank gets all records. Where ranks trained clients of their own rank 0 gets what they had,
+        and they have nothing to save any more.
+        """
         if not self._executor.splits:
             return clients
         merge.sums = self._engine.sum_to_main(merge.sums)
-        return sorted(self._engine.gather(clients), key=lambda record: record["client"])
+        records = sorted(self._engine.gather(clients), key=lambda record: record["client"])
+        clients[:] = records if self._engine.is_main else []
+        self._failures = {}
+        return clients if self._engine.is_main else records
 
     def _check_delivered(self, number: int, clients: list[dict[str, Any]]) -> None:
         """Raise Unfinished where too few delivered; those that failed are to be tried once more."""
         delivered = [record for record in clients if record["delivered"]]
         if len(delivered) < self._run.min_clients:
             failures = [text for record in clients for text in record["failures"]]
-            self._failures |= {str(c["client"]): c["failures"] for c in clients if not c["delivered"]}
+            if self._engine.is_main:
+                self._failures |= {str(c["client"]): c["failures"] for c in clients if not c["delivered"]}
             clients[:] = delivered
             raise Unfinished(
                 f"round {number}: {len(delivered)} client(s) delivered, --min_clients is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -40,6 +41,11 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
     """Start or resume a run; a finished run is reported again and left as it is."""
     if run.evaluate_from is not None:
         return evaluate(run, model_file)
+    with locked(Path(run.save_path), takes=os.environ.get("RANK", "0") == "0"):
+        _train(run, model_file)
+
+
+def _train(run: RunConfig, model_file: ModelFile) -> None:
     earlier = _earlier_checkpoint(run)
     progress = None
     if earlier is not None:
@@ -62,12 +68,7 @@ def train(run: RunConfig, model_file: ModelFile) -> None:
         _print_setup(display, federation)
         if run.dry_run:
             return _preview(display, federation, progress)
-        with locked(folder.path, takes=engine.is_main):
-            if engine.is_main and checkpoint.latest(folder.checkpoints) != earlier:
-                raise InputError(
-                    f"--save_path {folder.path}: another process has trained there meanwhile; start again."
-                )
-            results = _rounds(federation, folder, display, progress)
+        results = _rounds(federation, folder, display, progress)
     _print_results(display, folder, results)
     engine.finish()
 

@@ -131,9 +131,12 @@ def build(
 def check_launch(run: RunConfig, engine: Engine) -> None:
     """Refuse what this launch cannot do before data is read."""
     ranks_apart = resolve("executor", run.executor).splits
-    if run.executor == "jobs":
-        resolve("job_launcher", run.job_launcher)
-        read_resources(run.level_resources, tuple(range(1, len(run.horizontal_scale_ratios) + 1)))
+    if run.executor == "jobs" and run.evaluate_from is None:
+        levels = tuple(range(1, len(run.horizontal_scale_ratios) + 1))
+        resources = read_resources(run.level_resources, levels)
+        resolve("job_launcher", run.job_launcher)(run, resources)
+        for wanted in resources.values():
+            micro_batch_size(run, wanted.processes)
     micro_batch_size(run, 1 if ranks_apart else engine.num_processes)
     holds_whole_base(run, engine.shards_weights)
     check_attention(run, engine.device.type, is_flash_attn_2_available())

@@ -32,7 +32,7 @@ from scalefl.contracts import (
     Unfinished,
 )
 from scalefl.data.images import decode_all
-from scalefl.engine.launch import Engine
+from scalefl.engine.launch import Engine, telling_others
 from scalefl.features import INDEX, FeatureFiles, image_features
 from scalefl.federation import exchange
 from scalefl.federation.attempts import Bench, name_of
@@ -48,6 +48,7 @@ from scalefl.registry import resolve
 log = logging.getLogger("scalefl")
 
 
+@telling_others()
 def work(options: ClientOptions) -> None:
     """Train every task, and answer each as soon as it is done; a client that fails is answered too.
 
@@ -118,7 +119,8 @@ def _train(
                 times["trained"] = time.time()
                 path = _answer(note, outcome, causes, out, times)
                 if _by_hand(options):
-                    log.info("%s: the answer to carry back is %s, with its tensors", name_of(task), path)
+                    with_it = " and .safetensors" if isinstance(outcome, ClientUpdate) else ""
+                    log.info("%s: the answer to carry back is %s%s", name_of(task), path, with_it)
             if isinstance(outcome, ClientFailure):
                 failed.append(f"{name_of(task)} failed: {causes[-1]}")
     return failed
@@ -153,6 +155,7 @@ def _answer(
             "tensors": tensors,
         }
         exchange.write_note(path, "update", {**answered, **content})
+        exchange.answer_path(path, "failure").unlink(missing_ok=True)  # of an earlier try
     else:
         beside = note.path if out is None else out
         path = exchange.answer_path(beside, "failure")

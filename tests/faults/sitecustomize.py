@@ -6,7 +6,7 @@ folder `marks`; `unseen`, that the client's own check is passed; `silence`, afte
 says nothing is lost; `grace`, after how many a process that was told to end is ended;
 `meeting`, in how many the processes of a launch must meet. Of kinds `slow save`,
 `slow end` and `full disk` no client is hit: a checkpoint, or the results, take `seconds`, or what `rank` has
-of a round cannot be written.
+of a round cannot be written. Nor of kinds `raise in evaluation` and `stop in evaluation` of `rank`.
 """
 
 import errno
@@ -62,6 +62,9 @@ def _install(fault: dict) -> None:
             _no_space(folder) if rank == fault["rank"] else save_part(folder, *args)
         )
         return
+    if fault["kind"] in ("raise in evaluation", "stop in evaluation"):
+        _hit_evaluation(fault, rank)
+        return
     train, write_note = ClientTrainer.train, exchange.write_note
 
     def faulty(self, session, task, sent, lr):
@@ -109,6 +112,24 @@ def _install(fault: dict) -> None:
         from scalefl.federation import attempts
 
         attempts.unusable = lambda delta, shapes: None
+
+
+def _hit_evaluation(fault: dict, rank: int) -> None:
+    """Of `rank`, which raises; or is told to stop, and cannot save what it has of the round."""
+    from scalefl import checkpoint
+    from scalefl.evaluate import Evaluator
+
+    level = Evaluator.level
+
+    def faulty(self, *args):
+        if rank == fault["rank"] and fault["kind"] == "raise in evaluation":
+            raise RuntimeError("a fault")
+        if rank == fault["rank"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            checkpoint.save = lambda folder, *args: _no_space(folder)
+        return level(self, *args)
+
+    Evaluator.level = faulty
 
 
 def _no_space(path: Path) -> None:
