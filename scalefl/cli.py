@@ -7,11 +7,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import NoReturn, cast
+from typing import NoReturn
 
-from scalefl.config.calibrateoptions import CalibrateOptions
 from scalefl.config.flags import parse
 from scalefl.config.resolve import resolve
 from scalefl.contracts import InputError, Interrupted, Unfinished
@@ -28,6 +27,12 @@ COMMANDS_OF_THEIR_OWN = {
     "predict": "scalefl.prediction.command:predict",
 }
 """Command without a run -> the function that takes its options. Imported late: torch takes seconds."""
+
+COMMANDS_ON_DATA = {
+    "calibrate": "scalefl.prediction.calibrate:calibrate",
+    "reorder": "scalefl.reordering.command:reorder",
+}
+"""Command with a model and a run's data -> the function that takes the run's options and its own."""
 
 NEXT_STEPS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give another --save_path."),
@@ -48,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
         if command.name in COMMANDS_OF_THEIR_OWN:
-            module, _, function = COMMANDS_OF_THEIR_OWN[command.name].partition(":")
             next_step = "its job ends" if command.name == "client" else "start again"
-            getattr(importlib.import_module(module), function)(command.own)
+            _function(COMMANDS_OF_THEIR_OWN[command.name])(command.own)
             return 0
         run, model_file = resolve(command.flags, *command.config_files, command=command.name)
         # Imported late: torch and transformers take seconds, and a typing error should not wait for them.
@@ -60,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if _speaks():  # once under `accelerate launch`
                 plan(run, model_file, command)
             return 0
-        if command.name == "calibrate":
-            from scalefl.prediction.calibrate import calibrate
-
-            calibrate(run, cast(CalibrateOptions, command.own))
+        if command.name in COMMANDS_ON_DATA:
+            _function(COMMANDS_ON_DATA[command.name])(run, command.own)
             return 0
         from scalefl.federation.run import train
 
@@ -90,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_CTRL_C
     return 0
+
+
+def _function(place: str) -> Callable[..., None]:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @contextlib.contextmanager
