@@ -26,9 +26,10 @@ from scalefl.engine.launch import Engine
 from scalefl.models.adapters import saved_adapters
 from scalefl.models.build import ModelSource, check_weights, new_model
 from scalefl.models.family import ModelFamily
-from scalefl.models.files import TensorFiles, new_folder
+from scalefl.models.files import TensorFiles, new_folder, saved_order
 from scalefl.models.holding import DTYPES
 from scalefl.models.store import Store
+from scalefl.slicing.order import Order
 
 log = logging.getLogger("scalefl")
 
@@ -60,6 +61,8 @@ class Start:
     base: BaseFiles | None
     """What the frozen base was read from; None of a base from scratch, or none at all."""
     origin: Origin
+    order: Order
+    """In which `scalefl reorder` put heads and channels; empty if they are in their own."""
 
 
 def start_from(
@@ -131,12 +134,15 @@ def _stored(
         if source.needs_folder:
             folder = _made(folder, spare, source, _recipe(run, model_file, config, base), engine)
         store = source.on_disk(engine.device, folder)
+    origin = None if files is None else files.folder.absolute()
+    in_order = trained_on[-1] if trained_on else origin  # a checkpoint keeps what it was trained in
     return Start(
         processor=processor,
         store=store,
         state=source.initial_state(),
         base=base,
-        origin=Origin(folder=None if files is None else str(files.folder.absolute()), seed=run.seed),
+        origin=Origin(folder=None if origin is None else str(origin), seed=run.seed),
+        order={} if in_order is None else saved_order(in_order),
     )
 
 
