@@ -86,17 +86,7 @@ def exported(folder: Path, level: int | None, *, merges: bool, init_from: str | 
     progress = checkpoint.load(folder)
     if progress.partial is not None:
         raise InputError(f"{folder}: is in the middle of a round; expected one such as round-0005.")
-    run = dataclasses.replace(
-        run,
-        init_from=run.init_from if init_from is None else init_from,
-        evaluate_from=str(folder),  # nothing trains
-        use_gpu=False,
-        quantization="none",
-        precision="fp32",
-        base_store="file",
-        executor="sequential",
-        report_to=(),
-    )
+    run = _as_it_is(run, folder, init_from)
     family = resolve("arch", run.arch)
     with tempfile.TemporaryDirectory(prefix="scalefl-base-") as spare:
         start = start_from(run, model_file, family, [], Engine(run), [folder], Path(spare) / "base")
@@ -126,6 +116,21 @@ def exported(folder: Path, level: int | None, *, merges: bool, init_from: str | 
             scales=part.config.input_scales or {},
             merges=merges and models.lora is not None,
         )
+
+
+def _as_it_is(run: RunConfig, folder: Path, init_from: str | None) -> RunConfig:
+    """The run of a checkpoint, to read what it trained and its base as it is in files."""
+    return dataclasses.replace(
+        run,
+        init_from=run.init_from if init_from is None else init_from,
+        evaluate_from=str(folder),  # nothing trains
+        use_gpu=False,
+        quantization="none",
+        precision="fp32",
+        base_store="file",
+        executor="sequential",
+        report_to=(),
+    )
 
 
 def _own_order(order: Order, models: SubModels, spec: LevelSpec) -> Callable[[str, Tensor], Tensor]:

@@ -134,16 +134,21 @@ def _stored(
         if source.needs_folder:
             folder = _made(folder, spare, source, _recipe(run, model_file, config, base), engine)
         store = source.on_disk(engine.device, folder)
-    origin = None if files is None else files.folder.absolute()
-    in_order = trained_on[-1] if trained_on else origin  # a checkpoint keeps what it was trained in
     return Start(
         processor=processor,
         store=store,
         state=source.initial_state(),
         base=base,
-        origin=Origin(folder=None if origin is None else str(origin), seed=run.seed),
-        order={} if in_order is None else saved_order(in_order),
+        origin=Origin(folder=None if files is None else str(files.folder.absolute()), seed=run.seed),
+        order=_order(trained_on, files),
     )
+
+
+def _order(trained_on: Sequence[Path], files: TensorFiles | None) -> Order:
+    """That of the checkpoint, which keeps what it was trained in; of a first one, that of its base."""
+    if trained_on:
+        return saved_order(trained_on[-1])
+    return {} if files is None else saved_order(files.folder)
 
 
 def _converted(run: RunConfig, model_file: ModelFile, engine: Engine) -> Path:
