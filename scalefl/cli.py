@@ -9,9 +9,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import NoReturn, cast
+from typing import NoReturn
 
-from scalefl.config.calibrateoptions import CalibrateOptions
 from scalefl.config.flags import Command, parse
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
@@ -31,6 +30,12 @@ COMMANDS_OF_THEIR_OWN = {
 }
 """Command without a run -> the function that takes its options. Imported late: torch takes seconds."""
 
+COMMANDS_ON_DATA = {
+    "calibrate": "scalefl.prediction.calibrate:calibrate",
+    "reorder": "scalefl.reordering.command:reorder",
+}
+"""Command with a model and a run's data -> the function that takes the run's options and its own."""
+
 NEXT_STEPS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or write into another folder."),
     **dict.fromkeys(
@@ -49,9 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
         if command.name in COMMANDS_OF_THEIR_OWN:
-            module, _, function = COMMANDS_OF_THEIR_OWN[command.name].partition(":")
             return _stoppable(
-                lambda: getattr(importlib.import_module(module), function)(command.own),
+                lambda: _function(COMMANDS_OF_THEIR_OWN[command.name])(command.own),
                 "its job ends" if command.name == "client" else "start again",
             )
         run, model_file = resolve(command.flags, *command.config_files, command=command.name)
@@ -76,15 +80,18 @@ def _do(command: Command, run: RunConfig, model_file: ModelFile) -> None:
 
         if _speaks():  # once under `accelerate launch`
             plan(run, model_file, command)
-    elif command.name == "calibrate":
-        from scalefl.prediction.calibrate import calibrate
-
-        calibrate(run, cast(CalibrateOptions, command.own))
+    elif command.name in COMMANDS_ON_DATA:
+        _function(COMMANDS_ON_DATA[command.name])(run, command.own)
     else:
         from scalefl.federation.run import train
 
         with _stop_in_setup():
             train(run, model_file)
+
+
+def _function(place: str) -> Callable[..., None]:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _stoppable(work: Callable[[], None], next_step: str) -> int:

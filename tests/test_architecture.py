@@ -20,7 +20,7 @@ TIERS = (
     ("evaluate", "inference", "features", "checkpoint", "report", "console"),
     ("planning", "conversion"),
     ("federation", "prediction"),
-    ("export",),
+    ("export", "reordering"),
     ("cli",),
     ("__main__",),
 )

@@ -16,6 +16,7 @@ from scalefl.config.options import GROUPS
 from scalefl.config.own import OwnOptions
 from scalefl.config.planoptions import PlanOptions
 from scalefl.config.predictoptions import PredictOptions
+from scalefl.config.reorderoptions import ReorderOptions
 from scalefl.config.resolve import RESUME_SAVE_PATH
 from scalefl.config.values import OPTION_KINDS, nearest
 from scalefl.contracts import InputError
@@ -27,6 +28,7 @@ OWN_OPTIONS: Mapping[str, type[OwnOptions]] = {
     "export": ExportOptions,
     "predict": PredictOptions,
     "calibrate": CalibrateOptions,
+    "reorder": ReorderOptions,
 }
 """Command -> the options that it alone takes."""
 
@@ -39,10 +41,11 @@ COMMANDS = {
     "export": "write a level of a checkpoint as a model of its own",
     "predict": "ask a model about images",
     "calibrate": "choose how sure an exit must be to answer",
+    "reorder": "permute a model so that its prefixes hold what matters most",
 }
 """Command -> what it does."""
 
-OF_A_RUN = ("train", "evaluate", "plan", "calibrate")
+OF_A_RUN = ("train", "evaluate", "plan", "calibrate", "reorder")
 """Commands that take a run's options."""
 
 

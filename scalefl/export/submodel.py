@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from scalefl import checkpoint
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.saved import load_config
-from scalefl.contracts import InputError, State
+from scalefl.contracts import InputError, LevelSpec, State
 from scalefl.engine.launch import Engine
 from scalefl.federation.start import check_same_parameters, start_from
 from scalefl.models.adapters import LoraSpec, is_adapter
 from scalefl.models.store import Store
-from scalefl.models.submodels import WHOLE
+from scalefl.models.submodels import WHOLE, SubModels
 from scalefl.registry import resolve
 from scalefl.slicing.ops import cut
+from scalefl.slicing.order import Order, permute, restoring, unit_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Exported:
     store: Store
     trained: State
     """In the sub-model's names."""
+    own_order: Callable[[str, Tensor], Tensor]
+    """Undoes any `scalefl reorder` in a parameter, by its name in the whole model."""
     scales: Mapping[str, float]
     merges: bool
 
@@ -53,7 +56,7 @@ class Exported:
         for name, entry in self.store.models.slices[self.level].base_plan.items():
             value = self.store.frozen(entry)
             assert isinstance(value, Tensor)  # nothing is quantised here
-            yield self._finished(name, value)
+            yield self._finished(name, self.own_order(entry.global_name, value))
         for name, tensor in self.trained.items():
             if not (self.merges and is_adapter(name)):
                 yield self._finished(name, tensor)
@@ -83,17 +86,7 @@ def exported(folder: Path, level: int | None, *, merges: bool, init_from: str | 
     progress = checkpoint.load(folder)
     if progress.partial is not None:
         raise InputError(f"{folder}: is in the middle of a round; expected one such as round-0005.")
-    run = dataclasses.replace(
-        run,
-        init_from=run.init_from if init_from is None else init_from,
-        evaluate_from=str(folder),  # nothing trains
-        use_gpu=False,
-        quantization="none",
-        precision="fp32",
-        base_store="file",
-        executor="sequential",
-        report_to=(),
-    )
+    run = _as_it_is(run, folder, init_from)
     family = resolve("arch", run.arch)
     with tempfile.TemporaryDirectory(prefix="scalefl-base-") as spare:
         start = start_from(run, model_file, family, [], Engine(run), [folder], Path(spare) / "base")
@@ -105,6 +98,7 @@ def exported(folder: Path, level: int | None, *, merges: bool, init_from: str | 
         part = models.slices[number]
         config = copy.deepcopy(part.config)
         config.input_scales = None
+        own_order = _own_order(start.order, models, part.spec)
         yield Exported(
             run=load_config(folder)[0],
             model_file=model_file,
@@ -114,10 +108,36 @@ def exported(folder: Path, level: int | None, *, merges: bool, init_from: str | 
             processor=start.processor,
             lora=None if merges else models.lora,
             store=start.store,
-            trained=cut(progress.state, part.trainable_plan),
+            trained={
+                name: own_order(part.trainable_plan[name].global_name, tensor)
+                for name, tensor in cut(progress.state, part.trainable_plan).items()
+            },
+            own_order=own_order,
             scales=part.config.input_scales or {},
             merges=merges and models.lora is not None,
         )
+
+
+def _as_it_is(run: RunConfig, folder: Path, init_from: str | None) -> RunConfig:
+    """The run of a checkpoint, to read what it trained and its base as it is in files."""
+    return dataclasses.replace(
+        run,
+        init_from=run.init_from if init_from is None else init_from,
+        evaluate_from=str(folder),  # nothing trains
+        use_gpu=False,
+        quantization="none",
+        precision="fp32",
+        base_store="file",
+        executor="sequential",
+        report_to=(),
+    )
+
+
+def _own_order(order: Order, models: SubModels, spec: LevelSpec) -> Callable[[str, Tensor], Tensor]:
+    """What sorts a level's units as they once were, in a parameter by its name in the whole model."""
+    axes = {n: dataclasses.replace(axis, size=spec.kept.get(n, axis.size)) for n, axis in models.axes.items()}
+    places, undo = unit_places(models.layouts, axes), restoring(order, axes)
+    return lambda name, tensor: permute(tensor, places[name], undo)
 
 
 def dtype_of(name: str | None, run: RunConfig) -> torch.dtype:

@@ -32,9 +32,11 @@ from scalefl.features import image_features
 from scalefl.federation.resources import read_resources
 from scalefl.federation.start import Origin, start_from
 from scalefl.levels import assign_levels
+from scalefl.models.files import write_order
 from scalefl.models.store import Store
 from scalefl.registry import resolve
 from scalefl.seeding import numpy_rng
+from scalefl.slicing.order import Order
 
 HELD_OUT = ("val", "test")
 
@@ -52,6 +54,8 @@ class Federation:
     """What the frozen base was read from, if from files."""
     origin: Origin
     """Where the frozen base comes from."""
+    order: Order
+    """Of heads and channels, for the export to undo."""
     batchers: dict[str, Batcher]
     """Per split."""
     evaluators: dict[str, Evaluator]
@@ -88,6 +92,7 @@ class Federation:
         if not self.store.models.base_shapes:
             self.store.models.config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        write_order(folder, self.order)
 
 
 def build(
@@ -120,6 +125,7 @@ def build(
         initial_state=start.state,
         base=start.base,
         origin=start.origin,
+        order=start.order,
         batchers=batchers,
         evaluators={split: Evaluator(batcher=batchers[split], **judging) for split in HELD_OUT},
         clients=clients,

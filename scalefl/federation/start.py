@@ -26,9 +26,10 @@ from scalefl.engine.launch import Engine
 from scalefl.models.adapters import saved_adapters
 from scalefl.models.build import ModelSource, check_weights, new_model
 from scalefl.models.family import ModelFamily
-from scalefl.models.files import TensorFiles, new_folder
+from scalefl.models.files import TensorFiles, new_folder, saved_order
 from scalefl.models.holding import DTYPES
 from scalefl.models.store import Store
+from scalefl.slicing.order import Order
 
 log = logging.getLogger("scalefl")
 
@@ -60,6 +61,8 @@ class Start:
     base: BaseFiles | None
     """What the frozen base was read from; None of a base from scratch, or none at all."""
     origin: Origin
+    order: Order
+    """In which `scalefl reorder` put heads and channels; empty if they are in their own."""
 
 
 def start_from(
@@ -137,7 +140,15 @@ def _stored(
         state=source.initial_state(),
         base=base,
         origin=Origin(folder=None if files is None else str(files.folder.absolute()), seed=run.seed),
+        order=_order(trained_on, files),
     )
+
+
+def _order(trained_on: Sequence[Path], files: TensorFiles | None) -> Order:
+    """That of the checkpoint, which keeps what it was trained in; of a first one, that of its base."""
+    if trained_on:
+        return saved_order(trained_on[-1])
+    return {} if files is None else saved_order(files.folder)
 
 
 def _converted(run: RunConfig, model_file: ModelFile, engine: Engine) -> Path:

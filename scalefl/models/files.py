@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalefl.contracts import InputError
+from scalefl.slicing.order import Order
 from scalefl.slicing.plan import Index
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ORDER = "order.safetensors"
+"""Beside weights whose heads and channels are in another order: which one that is."""
 SHARD_BYTES = 1 << 28
 """What a writer gathers before it writes a file."""
 
@@ -150,3 +153,21 @@ def _write_part(folder: Path, part: dict[str, Tensor], already: int) -> dict[str
     file = f"model-{already:05d}.safetensors"
     save_file(part, folder / file, metadata={"format": "pt"})
     return dict.fromkeys(part, file)
+
+
+def write_order(folder: Path, order: Order) -> None:
+    """Beside weights in that order; nothing where they are in their own."""
+    if order:
+        save_file({key: now.contiguous() for key, now in order.items()}, folder / ORDER)
+
+
+def saved_order(folder: Path) -> Order:
+    """That of the weights in a folder; empty if they are in their own. Raises InputError if it is damaged."""
+    if not (folder / ORDER).is_file():
+        return {}
+    try:
+        return load_file(folder / ORDER)
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder / ORDER}: cannot be read ({error}); expected what `scalefl reorder` wrote; put it back."
+        ) from error

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -21,7 +20,7 @@ from scalefl.contracts import InputError
 from scalefl.data.images import read_image
 from scalefl.inference import ExitRule
 from scalefl.prediction.calibration import read_calibration
-from scalefl.prediction.loaded import Answer, Answering, task_of
+from scalefl.prediction.loaded import Answer, Answering, device_of, task_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NEVER = 2.0
@@ -33,7 +32,7 @@ def predict(options: PredictOptions) -> None:
     assert options.model is not None
     folder, paths = Path(options.model), find_images(options.images)
     answers = None if options.open else options.answers or task_of(folder).answers
-    model = Answering(folder, _device(options.use_gpu), options.question, answers)
+    model = Answering(folder, device_of(options.use_gpu), options.question, answers)
     rule = _rule(options, folder, model.num_exits)
     found: list[tuple[Path, Answer]] = []
     unread: list[str] = []
@@ -104,13 +103,6 @@ def _rule(options: PredictOptions, folder: Path, num_exits: int) -> ExitRule:
         measure=options.measure or "probability",
         max_exit=options.max_exit,
     )
-
-
-def _device(use_gpu: bool | None) -> torch.device:
-    if use_gpu and not torch.cuda.is_available():
-        raise InputError("--use_gpu: no CUDA GPU was found; leave the flag out, or check the driver.")
-    wanted = torch.cuda.is_available() if use_gpu is None else use_gpu
-    return torch.device("cuda" if wanted else "cpu")
 
 
 def _tell(found: Sequence[tuple[Path, Answer]], options: PredictOptions) -> None:

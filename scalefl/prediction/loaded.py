@@ -55,6 +55,14 @@ def task_of(folder: Path) -> Task:
     return Task()
 
 
+def device_of(use_gpu: bool | None) -> torch.device:
+    """As asked for; unset: a GPU where there is one. Raises InputError where there is none."""
+    if use_gpu and not torch.cuda.is_available():
+        raise InputError("--use_gpu: no CUDA GPU was found; leave the flag out, or check the driver.")
+    wanted = torch.cuda.is_available() if use_gpu is None else use_gpu
+    return torch.device("cuda" if wanted else "cpu")
+
+
 class Answering:
     """One model, one question."""
 

@@ -1,0 +1,1 @@
+"""Heads and channels in the order of what they contribute."""
