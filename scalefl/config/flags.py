@@ -167,12 +167,13 @@ def _default(default: Any) -> str:
 
 
 def _docstrings(group: type[Any]) -> dict[str, str]:
-    """Option -> the docstring under its field, which Python itself does not keep."""
+    """Option -> the docstring under its field, which Python itself does not keep; inherited ones too."""
     docstrings = {}
-    (node,) = ast.parse(inspect.getsource(group)).body
-    assert isinstance(node, ast.ClassDef)
-    for before, after in zip(node.body, node.body[1:], strict=False):
-        match before, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docstrings[name] = text.replace("%", "%%")
+    for kind in group.__mro__[:-1]:
+        (node,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(node, ast.ClassDef)
+        for before, after in zip(node.body, node.body[1:], strict=False):
+            match before, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docstrings[name] = text.replace("%", "%%")
     return docstrings

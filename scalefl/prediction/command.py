@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -19,22 +18,16 @@ from scalefl.config.predictoptions import PredictOptions
 from scalefl.console import Display
 from scalefl.contracts import InputError
 from scalefl.data.images import read_image
-from scalefl.inference import ExitRule
-from scalefl.prediction.calibration import read_calibration
-from scalefl.prediction.loaded import Answer, Answering, task_of
+from scalefl.prediction.asked import load
+from scalefl.prediction.loaded import Answer, Answering
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-NEVER = 2.0
-"""A threshold that no confidence passes."""
 
 
 def predict(options: PredictOptions) -> None:
     """Answer about every image that can be read; raises InputError at the end if some could not be."""
-    assert options.model is not None
-    folder, paths = Path(options.model), find_images(options.images)
-    answers = None if options.open else options.answers or task_of(folder).answers
-    model = Answering(folder, _device(options.use_gpu), options.question, answers)
-    rule = _rule(options, folder, model.num_exits)
+    paths = find_images(options.images)
+    asked = load(options)
     found: list[tuple[Path, Answer]] = []
     unread: list[str] = []
     batches = [paths[at : at + options.batch_size] for at in range(0, len(paths), options.batch_size)]
@@ -42,10 +35,9 @@ def predict(options: PredictOptions) -> None:
     for batch in track(
         batches, "answering", console=console, transient=True, disable=not console.is_terminal
     ):
-        pixels = _read(batch, model, unread)
+        pixels = _read(batch, asked.model, unread)
         if pixels:
-            given = model.answer(list(pixels.values()), rule, options.max_new_tokens)
-            found += zip(pixels, given, strict=True)
+            found += zip(pixels, asked.answer(list(pixels.values())), strict=True)
     _tell(found, options)
     if unread:
         raise InputError("\n".join(unread))
@@ -88,29 +80,6 @@ def _read(paths: Sequence[Path], model: Answering, unread: list[str]) -> dict[Pa
         except InputError as error:
             unread.append(str(error))
     return pixels
-
-
-def _rule(options: PredictOptions, folder: Path, num_exits: int) -> ExitRule:
-    """As typed; else as calibrated, for the candidates that the calibration is of."""
-    if options.max_exit is not None and options.max_exit > num_exits:
-        raise InputError(f"--max_exit: got {options.max_exit}; this model has exits 1 to {num_exits}.")
-    is_asked_for = options.exit_threshold is None and options.measure is None
-    if is_asked_for and not options.open and options.answers is None:
-        if (calibration := read_calibration(folder, num_exits)) is not None:
-            return calibration.rule(options.max_exit)
-    threshold = NEVER if options.exit_threshold is None else options.exit_threshold
-    return ExitRule(
-        thresholds=(threshold,) * (num_exits - 1),
-        measure=options.measure or "probability",
-        max_exit=options.max_exit,
-    )
-
-
-def _device(use_gpu: bool | None) -> torch.device:
-    if use_gpu and not torch.cuda.is_available():
-        raise InputError("--use_gpu: no CUDA GPU was found; leave the flag out, or check the driver.")
-    wanted = torch.cuda.is_available() if use_gpu is None else use_gpu
-    return torch.device("cuda" if wanted else "cpu")
 
 
 def _tell(found: Sequence[tuple[Path, Answer]], options: PredictOptions) -> None:
