@@ -17,6 +17,7 @@ from scalefl.config.own import OwnOptions
 from scalefl.config.planoptions import PlanOptions
 from scalefl.config.predictoptions import PredictOptions
 from scalefl.config.resolve import RESUME_SAVE_PATH
+from scalefl.config.serveoptions import ServeOptions
 from scalefl.config.values import OPTION_KINDS, nearest
 from scalefl.contracts import InputError
 
@@ -26,6 +27,7 @@ OWN_OPTIONS: Mapping[str, type[OwnOptions]] = {
     "convert": ConvertOptions,
     "export": ExportOptions,
     "predict": PredictOptions,
+    "serve": ServeOptions,
     "calibrate": CalibrateOptions,
 }
 """Command -> the options that it alone takes."""
@@ -38,6 +40,7 @@ COMMANDS = {
     "convert": "turn released weights into a model folder",
     "export": "write a level of a checkpoint as a model of its own",
     "predict": "ask a model about images",
+    "serve": "ask a model about radiographs on a web page",
     "calibrate": "choose how sure an exit must be to answer",
 }
 """Command -> what it does."""
