@@ -47,6 +47,28 @@ install() {
     echo "$state" >"$stamp"
 }
 
+# Behind `install dev`: a layer over the environment, in which `scalefl serve` runs. gradio 6.31 refuses Pillow
+# 13, which everything else keeps; the layer may go when gradio takes it. Sets `serve_python`.
+install_serve() {
+    local layer="$venv/serve" stamp="$venv/installed-serve" wanted
+    serve_python="$layer/bin/python"
+    wanted="$(cat "$venv/installed-dev")"
+    if [[ -x "$serve_python" && "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]; then
+        return
+    fi
+    echo "scalefl: installing into $layer" >&2
+    rm -rf "$layer"
+    "$venv/bin/python" -m venv --without-pip "$layer"
+    purelib "$venv/bin/python" >"$(purelib "$serve_python")/below.pth"
+    sed 's/^pillow==.*/pillow==12.3.0/' "$root/constraints.txt" >"$layer/constraints.txt"
+    "$serve_python" -m pip install --quiet -c "$layer/constraints.txt" -e "$root[serve]"
+    echo "$wanted" >"$stamp"
+}
+
+purelib() {
+    "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+}
+
 # Sets `python` to one that runs this repository's code.
 find_project() {
     python="${SCALEFL_PYTHON:-$venv/bin/python}"

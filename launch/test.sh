@@ -5,6 +5,8 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install dev '.[dev]'
+install_serve
 
 cd "$root"
+export SCALEFL_SERVE_PYTHON="$serve_python"
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

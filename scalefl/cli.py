@@ -27,6 +27,7 @@ COMMANDS_OF_THEIR_OWN = {
     "convert": "scalefl.conversion.command:convert",
     "export": "scalefl.export.command:export",
     "predict": "scalefl.prediction.command:predict",
+    "serve": "scalefl.serving.command:serve",
 }
 """Command without a run -> the function that takes its options. Imported late: torch takes seconds."""
 

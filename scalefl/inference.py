@@ -19,6 +19,9 @@ from scalefl.models.exits import exit_by_exit, hidden_at_exits, logits_at
 
 Measure = Literal["probability", "margin", "entropy"]
 
+FIRST_TOKEN = Candidates(ids=((0,),))
+"""Packs nothing behind a prompt, so that its end alone is looked at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExitRule:
@@ -54,10 +57,14 @@ def confidence(probabilities_ba: Tensor, measure: Measure) -> Tensor:
     return 1 - entropy_b / math.log(probabilities_ba.shape[-1])
 
 
-def scores_at_exits(model: Any, batcher: Batcher, ids: Sequence[int], candidates: Candidates) -> Tensor:
-    """Log-likelihoods of the candidates at every exit, (M, B, A), fp32 on the CPU."""
-    exits = model(**batcher.scoring(ids, candidates)).exit_logits
-    found = [candidates.log_likelihoods(logits.unflatten(0, (len(ids), -1))) for logits in exits]
+def scores_at_exits(
+    model: Any, batcher: Batcher, ids: Sequence[int], candidates: Candidates | None
+) -> Tensor:
+    """What `answer` chooses by, at every exit: log-likelihoods of the candidates (M, B, A), or without them
+    logits of the first token (M, B, V). In fp32 on the CPU.
+    """
+    exits = model(**batcher.scoring(ids, candidates or FIRST_TOKEN)).exit_logits
+    found = [_scored(logits.unflatten(0, (len(ids), -1)), candidates) for logits in exits]
     return torch.stack(found).cpu()
 
 
@@ -94,7 +101,7 @@ def answer(
     An exit is chosen once for a whole answer: by the candidates' probabilities, in an open answer set by
     those of the first token. Layers beyond a row's exit are not computed for it.
     """
-    inputs = batcher.scoring(ids, candidates or Candidates(ids=((0,),)))
+    inputs = batcher.scoring(ids, candidates or FIRST_TOKEN)
     predict_at_bk = inputs["predict_at"].view(len(ids), -1)
     length, layers = inputs["input_ids"].shape[1], model.config.exit_layers
     last = min(rule.max_exit or len(layers), len(layers))
@@ -136,4 +143,8 @@ def _scores(
     at_n = (torch.arange(batch, device=places_bk.device)[:, None] * length + places_bk).flatten()
     norm, head = model.exit_norm(exit), model.language_model.lm_head
     logits_bkv = logits_at(hidden_bld, at_n, norm, head).unflatten(0, (batch, -1))
+    return _scored(logits_bkv, candidates)
+
+
+def _scored(logits_bkv: Tensor, candidates: Candidates | None) -> Tensor:
     return logits_bkv[:, 0].float() if candidates is None else candidates.log_likelihoods(logits_bkv)

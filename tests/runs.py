@@ -179,11 +179,13 @@ PEAK_KILOBYTES = "int(next(x for x in open('/proc/self/status') if x.startswith(
 class Job:
     """A command as a process of its own, its output in a file; leaving the block ends what is left of it."""
 
-    def __init__(self, folder: Path, command: Sequence[str], module: bool = True, **variables: str) -> None:
+    def __init__(
+        self, folder: Path, command: Sequence[str], python: str = sys.executable, **variables: str
+    ) -> None:
         self.folder, self._output = folder, folder / "output.txt"
         with open(self._output, "w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *command],
+                [python, *command],
                 env=environment(**variables),
                 stdout=output,
                 stderr=subprocess.STDOUT,

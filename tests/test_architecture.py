@@ -20,7 +20,7 @@ TIERS = (
     ("evaluate", "inference", "features", "checkpoint", "report", "console"),
     ("planning", "conversion"),
     ("federation", "prediction"),
-    ("export", "reordering"),
+    ("export", "reordering", "serving"),
     ("cli",),
     ("__main__",),
 )
@@ -34,6 +34,7 @@ DOORS = {
     "bitsandbytes": ("engine/optimizers.py", "models/quantised.py"),
     "torch.distributed": ("engine/",),
     "peft": ("models/adapters.py",),
+    "gradio": ("serving/page.py",),
 }
 """Dependency -> the only files, or folders, that import it."""
 

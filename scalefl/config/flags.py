@@ -18,6 +18,7 @@ from scalefl.config.planoptions import PlanOptions
 from scalefl.config.predictoptions import PredictOptions
 from scalefl.config.reorderoptions import ReorderOptions
 from scalefl.config.resolve import RESUME_SAVE_PATH
+from scalefl.config.serveoptions import ServeOptions
 from scalefl.config.values import OPTION_KINDS, nearest
 from scalefl.contracts import InputError
 
@@ -27,6 +28,7 @@ OWN_OPTIONS: Mapping[str, type[OwnOptions]] = {
     "convert": ConvertOptions,
     "export": ExportOptions,
     "predict": PredictOptions,
+    "serve": ServeOptions,
     "calibrate": CalibrateOptions,
     "reorder": ReorderOptions,
 }
@@ -40,6 +42,7 @@ COMMANDS = {
     "convert": "turn released weights into a model folder",
     "export": "write a level of a checkpoint as a model of its own",
     "predict": "ask a model about images",
+    "serve": "ask a model about radiographs on a web page",
     "calibrate": "choose how sure an exit must be to answer",
     "reorder": "permute a model so that its prefixes hold what matters most",
 }
@@ -170,12 +173,13 @@ def _default(default: Any) -> str:
 
 
 def _docstrings(group: type[Any]) -> dict[str, str]:
-    """Option -> the docstring under its field, which Python itself does not keep."""
+    """Option -> the docstring under its field, which Python itself does not keep; inherited ones too."""
     docstrings = {}
-    (node,) = ast.parse(inspect.getsource(group)).body
-    assert isinstance(node, ast.ClassDef)
-    for before, after in zip(node.body, node.body[1:], strict=False):
-        match before, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docstrings[name] = text.replace("%", "%%")
+    for kind in group.__mro__[:-1]:
+        (node,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(node, ast.ClassDef)
+        for before, after in zip(node.body, node.body[1:], strict=False):
+            match before, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docstrings[name] = text.replace("%", "%%")
     return docstrings

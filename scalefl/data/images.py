@@ -26,17 +26,19 @@ class _UnreadableError(Exception):
     """Why an image cannot be used, in a few words."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, called: str | None = None) -> Image.Image:
     """Decode one file to 8 bits per channel, mode "L" or "RGB".
 
     An EXIF orientation is applied, so that pixels stand as a viewer shows them. Transparent parts turn black,
-    as air does on a radiograph. Raises InputError naming the file if it is missing, corrupt or too large.
+    as air does on a radiograph. Raises InputError if the file is missing, corrupt or too large; it names the
+    file, or says what it is `called`.
     """
     try:
         return _decode(path)
     except _UnreadableError as error:
         raise InputError(
-            f"{path}: {error}; expected a readable {', '.join(FORMATS)} image; replace or remove the file."
+            f"{called or path}: {error}; expected a readable {', '.join(FORMATS)} image; "
+            "replace or remove the file."
         ) from error
 
 

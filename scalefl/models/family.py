@@ -77,6 +77,10 @@ class ModelFamily(Protocol):
         """(B, 3, height, width) -> (B, T, F): what a model takes as `image_features` in place of pixels."""
         ...
 
+    def patch_grid(self, config: Any) -> tuple[int, int]:
+        """Rows and columns of patches: what `encode_images` says of an image is theirs, row after row."""
+        ...
+
     def drop_vision(self, model: Any) -> None:
         """Take the vision tower out of a model, which then knows images by their features alone."""
         ...

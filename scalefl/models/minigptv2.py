@@ -471,6 +471,10 @@ class MiniGPTv2Family:
     def encode_images(self, model: MiniGPTv2ForConditionalGeneration, pixel_values: Tensor) -> Tensor:
         return model.vision_features(pixel_values)
 
+    def patch_grid(self, config: MiniGPTv2Config) -> tuple[int, int]:
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return side, side
+
     def drop_vision(self, model: MiniGPTv2ForConditionalGeneration) -> None:
         model.vision_model = None
 

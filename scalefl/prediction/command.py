@@ -6,7 +6,7 @@ import csv
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,16 @@ from scalefl.config.predictoptions import PredictOptions
 from scalefl.console import Display
 from scalefl.contracts import InputError
 from scalefl.data.images import read_image
-from scalefl.inference import ExitRule
-from scalefl.prediction.calibration import read_calibration
-from scalefl.prediction.loaded import Answer, Answering, device_of, task_of
+from scalefl.prediction.asked import load
+from scalefl.prediction.loaded import Answer, Answering
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-NEVER = 2.0
-"""A threshold that no confidence passes."""
 
 
 def predict(options: PredictOptions) -> None:
     """Answer about every image that can be read; raises InputError at the end if some could not be."""
-    assert options.model is not None
-    folder, paths = Path(options.model), find_images(options.images)
-    answers = None if options.open else options.answers or task_of(folder).answers
-    model = Answering(folder, device_of(options.use_gpu), options.question, answers)
-    rule = _rule(options, folder, model.num_exits)
+    paths = find_images(options.images)
+    asked = load(options)
     found: list[tuple[Path, Answer]] = []
     unread: list[str] = []
     batches = [paths[at : at + options.batch_size] for at in range(0, len(paths), options.batch_size)]
@@ -41,10 +35,9 @@ def predict(options: PredictOptions) -> None:
     for batch in track(
         batches, "answering", console=console, transient=True, disable=not console.is_terminal
     ):
-        pixels = _read(batch, model, unread)
+        pixels = _read(batch, asked.model, unread)
         if pixels:
-            given = model.answer(list(pixels.values()), rule, options.max_new_tokens)
-            found += zip(pixels, given, strict=True)
+            found += zip(pixels, asked.answer(list(pixels.values())), strict=True)
     _tell(found, options)
     if unread:
         raise InputError("\n".join(unread))
@@ -73,12 +66,6 @@ def find_images(given: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def _with_bar(batches: Sequence[list[Path]]) -> Iterable[list[Path]]:
-    """A progress bar on a terminal; on standard error, where it is in nobody's way."""
-    console = Console(stderr=True)
-    return track(batches, "answering", console=console, transient=True, disable=not console.is_terminal)
-
-
 def _read(paths: Sequence[Path], model: Answering, unread: list[str]) -> dict[Path, Tensor]:
     pixels = {}
     for path in paths:
@@ -87,22 +74,6 @@ def _read(paths: Sequence[Path], model: Answering, unread: list[str]) -> dict[Pa
         except InputError as error:
             unread.append(str(error))
     return pixels
-
-
-def _rule(options: PredictOptions, folder: Path, num_exits: int) -> ExitRule:
-    """As typed; else as calibrated, for the candidates that the calibration is of."""
-    if options.max_exit is not None and options.max_exit > num_exits:
-        raise InputError(f"--max_exit: got {options.max_exit}; this model has exits 1 to {num_exits}.")
-    is_asked_for = options.exit_threshold is None and options.measure is None
-    if is_asked_for and not options.open and options.answers is None:
-        if (calibration := read_calibration(folder, num_exits)) is not None:
-            return calibration.rule(options.max_exit)
-    threshold = NEVER if options.exit_threshold is None else options.exit_threshold
-    return ExitRule(
-        thresholds=(threshold,) * (num_exits - 1),
-        measure=options.measure or "probability",
-        max_exit=options.max_exit,
-    )
 
 
 def _tell(found: Sequence[tuple[Path, Answer]], options: PredictOptions) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,9 @@ class Answering:
         if (chosen := question or task.question) is None:
             raise InputError(f"--model {folder}: does not say what it was asked; expected --question TEXT.")
         self.question = chosen
-        family = resolve("arch", task.arch)
-        self.model = family.load_model(str(folder)).eval().to(device)
-        self.processor, self.device = family.load_processor(str(folder)), device
+        self.family = resolve("arch", task.arch)
+        self.model = self.family.load_model(str(folder)).eval().requires_grad_(False).to(device)
+        self.processor, self.device = self.family.load_processor(str(folder)), device
         self.answers = answers
         self.candidates = None
         if answers is not None:
@@ -95,13 +95,16 @@ class Answering:
         """uint8 pixels at the model's size."""
         return self.processor.resize(image)
 
+    def asking(self, keys: Iterable[str]) -> list[Example]:
+        """The question about each image."""
+        return [Example(image_key=key, patient=key, question=self.question, answer="") for key in keys]
+
     @torch.no_grad()
     def answer(self, pixels: Sequence[Tensor], rule: ExitRule, max_new_tokens: int) -> list[Answer]:
         """One answer for each image."""
         started = time.perf_counter()
         shown = {str(number): image for number, image in enumerate(pixels)}
-        examples = [Example(image_key=key, patient=key, question=self.question, answer="") for key in shown]
-        batcher, ids = Batcher(self.processor, examples, shown, self.device), range(len(pixels))
+        batcher, ids = Batcher(self.processor, self.asking(shown), shown, self.device), range(len(pixels))
         choices = answer(self.model, batcher, ids, self.candidates, rule)
         if self.answers is not None:
             texts = [_likeliest(self.answers, choice.probabilities) for choice in choices]

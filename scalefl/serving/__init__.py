@@ -1,0 +1,1 @@
+"""A web page that asks a model about a radiograph."""
