@@ -78,7 +78,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_recorded(tmp_path, monkeyp
     """After one more attempt."""
     spoil(monkeypatch, {1})
     run_folder = start(tmp_path, "--logit_adjustment", "off")
-    assert caplog.text.count("is left out of round") == 2
+    assert caplog.text.count("it is left out of the round") == 2
     for record in records(run_folder):
         assert record["left_out"] == 1
         (failed,) = [c for c in record["clients"] if not c["delivered"]]

@@ -31,6 +31,9 @@ GRACE_SECONDS = 20.0
 """
 
 
+FAREWELL_SECONDS = 2.0
+"""In which other ranks read on the board, which goes with rank 0, why it ends."""
+
 SILENCE_SECONDS = 120.0
 """After which rank 0 takes another rank for lost, with its machine or the way to it. Launchers see what ends
 on their own machine at once.
@@ -123,8 +126,10 @@ class Watchdog:
         if client is None or limit is None or time.monotonic() - client[1] <= limit:
             return
         cause = f"{client[0]} trains for longer than --client_timeout {limit:g} (seconds)"
-        # The first rank says why, and ends the launch: it hears of it from the board.
-        self._prepare_to_leave(cause, 0 if self._rank == 0 else GRACE_SECONDS)
+        if self._board is None:
+            self._prepare_to_leave(cause, 0)
+        else:  # the first rank says why, and ends the launch: it hears of it from the board
+            self._prepare_to_leave(cause, FAREWELL_SECONDS if self._rank == 0 else GRACE_SECONDS)
 
     def _look_at_parents(self) -> None:
         """Without who started it a process would train on for nobody."""
@@ -150,7 +155,7 @@ class Watchdog:
                 self._given_up = cause
                 self._prepare_to_leave(cause)
         except FirstGone as gone:
-            self._speaks = stands_in()
+            self._speaks = stands_in() and not self._given_up
             self._prepare_to_leave(str(gone))
 
     def _look_at_ranks(self, board: Board) -> None:
