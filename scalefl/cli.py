@@ -16,6 +16,7 @@ from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
 from scalefl.config.resolve import resolve
 from scalefl.contracts import InputError, Interrupted, Unfinished
+from scalefl.federation.job import JOB_ENDS
 
 EXIT_BAD_INPUT = 2
 EXIT_SIGNAL = 128
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.name in COMMANDS_OF_THEIR_OWN:
             return _stoppable(
                 lambda: _function(COMMANDS_OF_THEIR_OWN[command.name])(command.own),
-                "its job ends" if command.name == "client" else "start again",
+                JOB_ENDS if command.name == "client" else "start again",
             )
         run, model_file = resolve(command.flags, *command.config_files, command=command.name)
         return _stoppable(

@@ -11,6 +11,7 @@ from runs import (
     arguments,
     forget_launch,
     largest_difference,
+    launched,
     load_latest,
     records,
     resume,
@@ -136,12 +137,17 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path, capsys):
     with Job(tmp_path, command) as job:
         job.wait_for("step 1/")
         before = tree(tmp_path / "run")
+        (tmp_path / "two").mkdir()
         forget_launch()
         assert main(arguments(tmp_path, **{**options, "seed": 7})) == 2
         (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("scalefl:")]
         assert line.startswith(
             f"scalefl: --save_path {tmp_path / 'run'}: another process trains there; expected"
         )
+        with launched(tmp_path / "two", "ddp", ["-m", "scalefl", *arguments(tmp_path, **options)]) as two:
+            assert two.end() != 0
+            assert two.running() == []
+        assert [x for x in two.output.splitlines() if x.startswith("scalefl:")] == [line]
         assert tree(tmp_path / "run") == before
         os.kill(job.process.pid, signal.SIGKILL)
     forget_launch()

@@ -28,7 +28,7 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def locked(folder: Path, *, takes: bool) -> Iterator[None]:
     """Within, no other process `takes` the folder; the system frees it when this one ends, however it ends.
 
-    Raises InputError if another one has it. A folder that was made for the lock alone goes with it.
+    Raises InputError if another one has it. Nothing is left of the lock, nor of a folder made for it alone.
     """
     if not takes:
         yield
@@ -37,29 +37,41 @@ def locked(folder: Path, *, takes: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     try:
-        with open(path, "a") as file:
-            _take(file, folder)
+        with _taken(path):
             try:
                 yield
             finally:
-                if made and list(folder.iterdir()) == [path]:
-                    path.unlink()
+                path.unlink(missing_ok=True)  # who waits for it sees that it is gone
     finally:
         for each in made:
             with contextlib.suppress(OSError):  # there is something in it
                 each.rmdir()
 
 
-def _take(file: IO[str], folder: Path) -> None:
+def _taken(path: Path) -> IO[str]:
+    """The lock's file, which is this process's until it is closed."""
     is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     end = time.monotonic() + (PATIENCE_SECONDS if is_requeued else 0)
-    while not _is_free(file):
-        if time.monotonic() >= end:
+    while True:
+        file = open(path, "a")  # noqa: SIM115  # open for as long as the run goes on
+        is_free = _is_free(file)
+        if is_free and _is_there(file, path):
+            return file
+        file.close()
+        if not is_free and time.monotonic() >= end:
             raise InputError(
-                f"--save_path {folder}: another process trains there; expected a folder of this run's own, "
-                "or that process to end first."
+                f"--save_path {path.parent}: another process trains there; expected a folder of this run's "
+                "own, or that process to end first."
             )
         time.sleep(0.2)
+
+
+def _is_there(file: IO[str], path: Path) -> bool:
+    """Whether it is still the lock: who had it may have removed it since it was opened."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_free(file: IO[str]) -> bool:
