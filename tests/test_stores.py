@@ -579,7 +579,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert main(arguments(tmp_path, model=WIDE, **LORA, base_store="file")) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"scalefl: {tmp_path / 'run' / 'base'}: No space left on device; free some space")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_zero_3_takes_no_resident_base(tmp_path: Path) -> None:
