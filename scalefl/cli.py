@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from scalefl.config.commands import ONE_PROCESS
 from scalefl.config.flags import Command, parse
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         _log_to_stderr()
+        _check_processes(command.name)
         if command.name in COMMANDS_OF_THEIR_OWN:
             return _stoppable(
                 lambda: _function(COMMANDS_OF_THEIR_OWN[command.name])(command.own),
@@ -73,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{place}{error.strerror}; {NEXT_STEPS[error.errno]}")
     except KeyboardInterrupt:
         return EXIT_CTRL_C
+
+
+def _check_processes(command: str) -> None:
+    if command in ONE_PROCESS and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(
+            f"scalefl {command}: got {processes} processes; it runs as one: start it without a launcher."
+        )
 
 
 def _do(command: Command, run: RunConfig, model_file: ModelFile) -> None:

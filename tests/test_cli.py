@@ -156,7 +156,7 @@ def test_version(capsys):
             "train --kd_gamma 4",
             "--kd_gamma: unknown option; did you mean --KD_gamma? `scalefl train --help` ",
         ),
-        # An option of `plan` is suggested where it is one, which is the command line of `plan`.
+        # An option of one command is suggested where it is one, which is that command's own line.
         ("train --world_sise 2", "--world_sise: unknown option; `scalefl train --help` lists them."),
         ("train --world_size 2", "--world_size: only `scalefl plan` takes it, on its command line."),
         (
@@ -166,6 +166,14 @@ def test_version(capsys):
         (
             "plan --batchsize 2",
             "--batchsize: unknown option; did you mean --batch_size? `scalefl plan --help` lists them.",
+        ),
+        (
+            "reorder --model a --out b --exmples 3",
+            "--exmples: unknown option; did you mean --examples? `scalefl reorder --help` lists them.",
+        ),
+        (
+            "calibrate --model a --mean_csot 1",
+            "--mean_csot: unknown option; did you mean --mean_cost? `scalefl calibrate --help` lists them.",
         ),
         ("train --lr nan", "--lr: got nan; expected a finite number at least 0."),
         ("train --lr", "argument --lr: expected one argument; see `scalefl train --help`."),
@@ -206,6 +214,26 @@ def test_only_the_first_process_speaks(capsys, training, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "--lr", "-1"]) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert --llama l --vit v --ckpt c --out o",
+        "export --checkpoint c --out o",
+        "predict x --model m",
+        "serve --model m",
+        "calibrate --model m",
+        "reorder --model m --out o",
+    ],
+)
+def test_a_command_of_one_process_refuses_a_launch_of_several(capsys, monkeypatch, command):
+    """Each process would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command.split()) == 2
+    name = command.partition(" ")[0]
+    line = f"scalefl: scalefl {name}: got 2 processes; it runs as one: start it without a launcher.\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_good_run_starts_and_exits_with_0(training):

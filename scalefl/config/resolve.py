@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from scalefl.config.checks import problems as problems_of
+from scalefl.config.commands import OWN_OPTIONS
 from scalefl.config.modelfile import ModelFile, read_model_file
 from scalefl.config.options import LevelOptions, ModelOptions, RunConfig
-from scalefl.config.planoptions import PlanOptions
 from scalefl.config.recipes import RECIPES
 from scalefl.config.saved import CONFIG_FILE, changed_on_resume, load_config, to_dict
 from scalefl.config.values import Given, OptionsRead, read_options
@@ -67,10 +67,10 @@ def resolve(
 
 def read_layers(flags: Mapping[str, Any], *config_files: str, command: str = "train") -> OptionsRead:
     """What flags and YAML files of options say, as one: of two values the later one, flags last."""
-    of_plan = PlanOptions.kinds()
+    of_plan = OWN_OPTIONS["plan"].kinds()
     common: dict[str, Any] = {"command": command, "of_plan": of_plan}
     layers = [read_options(read_yaml(path), _named_in(path), **common) for path in config_files]
-    suggested = of_plan if command == "plan" else ()
+    suggested = OWN_OPTIONS[command].kinds() if command in OWN_OPTIONS else ()
     layers.append(read_options(flags, "--{}".format, **common, suggested=suggested))
     return OptionsRead(
         given={name: given for read in layers for name, given in read.given.items()},
