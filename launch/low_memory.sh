@@ -3,8 +3,7 @@
 # norms are trained. Further options go to `scalefl train`, and win over those below:
 #   bash launch/low_memory.sh MODEL_FOLDER DATA_FOLDER [OPTION ...]
 #
-# MODEL_FOLDER: a MiniGPT-v2 in Hugging Face's format, written by `save_pretrained` of this project's model
-# and processor. A converter for the released weights comes in a later version.
+# MODEL_FOLDER: a MiniGPT-v2 in Hugging Face's format: `scalefl convert` makes one of the released weights.
 # DATA_FOLDER: radiographs, as the README lays them out.
 #
 # Predicted by `scalefl plan`, whole round of four levels at 448 pixels: 4.6 GB as it is, so it fits 8 GB;

@@ -4,15 +4,19 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import InitProcessGroupKwargs
 from plain import LEVEL, OneClient
 from runs import arguments, environment, largest_difference, same_bits
 
 from scalefl.config.derived import micro_batch_size
 from scalefl.contracts import InputError
+from scalefl.engine.launch import PROCESS_TIMEOUT
+from scalefl.engine.zero import accelerator_arguments
 from scalefl.federation.run import _check_agreement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +55,15 @@ def test_a_client_does_not_see_the_one_before(tmp_path, options):
     client = OneClient(tmp_path, **options)
     later = client.task(client=3)
     assert same_bits(client.train(client.task(), client.task(count=5), later), client.train(later))
+
+
+def test_a_collective_waits_for_longer_than_any_round(tmp_path):
+    """PyTorch's own limit is half an hour with gloo, ten minutes with NCCL."""
+    client = OneClient(tmp_path)
+    assert client.trainer.engine._accelerator.init_handler.timeout == PROCESS_TIMEOUT >= timedelta(days=1)
+    arguments = accelerator_arguments(client.run, use_gpu=False, timeout=PROCESS_TIMEOUT)
+    kinds = {type(handler): handler for handler in arguments["kwargs_handlers"]}
+    assert kinds[InitProcessGroupKwargs].timeout == PROCESS_TIMEOUT
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])

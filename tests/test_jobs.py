@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -31,13 +32,17 @@ from runs import (
     start,
     state,
 )
+from safetensors.torch import load_file
 
+from scalefl.aggregation.coverage_mean import CoverageMean
 from scalefl.cli import main
 from scalefl.config.clientoptions import ClientOptions
 from scalefl.config.saved import to_dict
+from scalefl.contracts import ClientUpdate, InputError
 from scalefl.federation import exchange, jobs, worker
 from scalefl.federation.attempts import halved, lacks_memory, unusable
 from scalefl.federation.client import ClientTrainer
+from scalefl.federation.rounds import sample_cohort, trainer_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,8 +146,10 @@ def test_files_hold_the_trainable_slices_alone(tmp_path, processes, monkeypatch)
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_client_that_fails_once_is_tried_again(tmp_path, processes, expected, kind, more, options, cause):
-    """And the run is the run without the failure, bit for bit; the cause is in its record."""
+def test_a_client_that_fails_once_is_tried_again(
+    tmp_path, processes, expected, kind, more, options, cause, capsys
+):
+    """And the run is the run without the failure, bit for bit; the cause is in its record, and told once."""
     processes(tmp_path, kind, **more)
     run_folder = start(tmp_path, **IN_JOBS, **options)
     assert same_bits(state(run_folder, 1), state(expected, 1))
@@ -152,6 +159,8 @@ def test_a_client_that_fails_once_is_tried_again(tmp_path, processes, expected, 
     assert len(failures[1]) == 1
     assert cause in failures[1][0]
     assert record["left_out"] == 0
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "client 1" in text]
+    assert line == f"client 1 (level 1), round 1, attempt 1 of 2: {failures[1][0]}; it is tried again"
     assert_nothing_is_left(run_folder)
 
 
@@ -241,6 +250,131 @@ def test_a_client_that_fills_the_disk(tmp_path, processes, expected, capsys):
 
 
 @pytest.mark.slow
+def test_a_late_answer_to_an_earlier_attempt_is_never_read(tmp_path, processes, expected, monkeypatch):
+    """It comes as the next attempt is given out: whole, and of the right shapes."""
+    write, late = exchange.write_note, []
+
+    def note(path, kind, content):
+        write(path, kind, content)
+        if kind == "task" and path.name == "client-0001.a2.task.json":
+            first = path.with_name("client-0001.a1.task.json")
+            late.append(answer(exchange.read_note(first, "task"), value=1.0))
+
+    monkeypatch.setattr(exchange, "write_note", note)
+    processes(tmp_path, "raise")
+    run_folder = start(tmp_path, **IN_JOBS)
+    assert len(late) == 1
+    assert same_bits(state(run_folder, 1), state(expected, 1))
+    failures = [text for client in records(run_folder)[0]["clients"] for text in client["failures"]]
+    assert failures == ["RuntimeError: a fault"]
+
+
+def answer(task, value=0.0, **changes):
+    """Write one to a task, every element of its update being `value`; its path."""
+    path = exchange.answer_path(task.path, "update")
+    delta = {name: torch.full_like(tensor, value) for name, tensor in task.tensors().items()}
+    content = {
+        "task": task.content["task"],
+        "num_examples": 3,
+        "metrics": {"loss": 1.0},
+        "batches": "",
+        "tensors": exchange.write_tensors(path.with_suffix(".safetensors"), delta),
+    }
+    exchange.write_note(path, "update", {**content, **changes})
+    return path
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """Opens the desk of round 1 in a folder, as every process of a run does anew; nothing is launched."""
+    options = {**IN_JOBS, "job_launcher": "manual", "client_retries": 2, "micro_batch_size": 4}
+    fed = federation(tmp_path, **options)
+    tasks = sample_cohort(fed.run, 1, fed.clients, fed.client_levels)
+
+    def opened(**changes):
+        trainer = trainer_of(fed, on_failure=lambda task, cause: None)
+        executor = jobs.Jobs(trainer, dataclasses.replace(fed, run=dataclasses.replace(fed.run, **changes)))
+        return executor._open(tmp_path / "desk", tasks, fed.initial_state, 0.1)
+
+    return opened
+
+
+def test_a_run_goes_on_with_the_attempt_that_a_client_was_at(desk):
+    """And takes the answer to it; a client that was left out begins with its first."""
+    first = desk()
+    failing, left_out = first.tickets[0], first.tickets[1]
+    first._failed(failing, "out of memory")
+    for _ in range(3):
+        first._failed(left_out, "a fault")
+    assert (failing.attempt, failing.micro_batch_size, left_out.attempt) == (2, 2, 4)
+    again = desk()
+    assert [(t.attempt, t.micro_batch_size) for t in again.tickets] == [(2, 2), (1, 4), (1, 4), (1, 4)]
+    assert again.tickets[0].name == failing.name
+    assert len(again._ready) == 4
+    answer(exchange.read_note(failing.file, "task"), value=0.5)
+    last = desk()
+    assert [ticket.update is not None for ticket in last.tickets] == [True, False, False, False]
+    assert [ticket.task.client for ticket in last._ready] == [t.task.client for t in last.tickets[1:]]
+    assert desk(lr_gamma=0.5).tickets[0].attempt == 1, "a task of other options is another task"
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"num_examples": float("nan")}, "it was trained on no examples"),
+        ({"num_examples": True}, "it was trained on no examples"),
+        ({"num_examples": "3"}, "it was trained on no examples"),
+        ({"metrics": {}}, "tells no metrics or batches"),
+        ({"metrics": {"loss": "low"}}, "tells no metrics or batches"),
+        ({"metrics": [1.0]}, "tells no metrics or batches"),
+        ({"batches": 3}, "tells no metrics or batches"),
+    ],
+    ids=str,
+)
+def test_an_answer_of_other_types_is_a_failure(desk, changes, cause):
+    """Such as one that was written by other means: the digest is of the file, not of who wrote it."""
+    opened = desk()
+    ticket = opened.tickets[0]
+    note = exchange.read_note(answer(exchange.read_note(ticket.file, "task"), **changes), "update")
+    assert opened._problem(ticket, note).endswith(cause)
+    note = exchange.read_note(answer(exchange.read_note(ticket.file, "task")), "update")
+    assert opened._problem(ticket, note) is None
+
+
+@pytest.mark.parametrize("job_launcher", ["local", "manual"])
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"optimizer": "paged_adamw_8bit", "momentum": 0.0}, "--optimizer: paged_adamw_8bit pages its state"),
+        ({"attn": "flash_attention_2", "precision": "bf16"}, "--attn flash_attention_2: needs a CUDA GPU"),
+    ],
+    ids=["optimizer", "attention"],
+)
+def test_a_server_need_not_have_what_its_clients_train_with(tmp_path, job_launcher, options, line):
+    if job_launcher == "manual":
+        federation(tmp_path, **IN_JOBS, job_launcher=job_launcher, **options)
+        return
+    with pytest.raises(InputError, match=line):
+        federation(tmp_path, **IN_JOBS, job_launcher=job_launcher, **options)
+
+
+@pytest.mark.slow
+def test_one_update_is_in_memory_beside_the_sums(tmp_path, processes, monkeypatch):
+    held = []
+    add = CoverageMean.add
+
+    def counted(self, update):
+        held.append(sum(isinstance(o, ClientUpdate) and bool(o.delta) for o in gc.get_objects()))
+        return add(self, update)
+
+    monkeypatch.setattr(CoverageMean, "add", counted)
+    for executor in ("sequential", "parallel", "jobs"):
+        (tmp_path / executor).mkdir()
+        start(tmp_path / executor, **{**IN_JOBS, "executor": executor})
+    assert held == [1] * 12
+
+
+@pytest.mark.slow
 def test_clients_killed_at_random_moments(tmp_path, processes):
     """kill -9 of a client's process, ten times in a run, whatever it does then."""
     options = {**IN_JOBS, "num_rounds": 5, "client_retries": 20}
@@ -296,6 +430,24 @@ def test_the_main_process_killed_at_random_moments(tmp_path, processes):
 
 
 @pytest.mark.slow
+def test_jobs_of_several_processes_end_without_the_main_process(tmp_path, processes):
+    """Their launcher, and the workers in sessions of their own."""
+    path = tmp_path / "resources.yaml"
+    path.write_text(yaml.safe_dump({"default": {"processes": 2}}))
+    processes(tmp_path, "sleep", times=2)
+    command = arguments(tmp_path, "--level_resources", str(path), **IN_JOBS)
+    with Job(tmp_path, ["-m", "scalefl", *command], **passed_on()) as job:
+        job.wait_until(lambda: len(list(tmp_path.glob("marks/*"))) == 2)
+        assert len(client_processes(tmp_path)) >= 3
+        os.kill(job.process.pid, signal.SIGKILL)
+        job.process.wait()
+        end = time.monotonic() + 40
+        while client_processes(tmp_path) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert client_processes(tmp_path) == []
+
+
+@pytest.mark.slow
 def test_a_signal_ends_jobs_and_leaves_a_checkpoint(tmp_path, processes):
     options = {**IN_JOBS, "num_epoch": 3000}
     with Job(tmp_path, ["-m", "scalefl", *arguments(tmp_path, **options)]) as job:
@@ -312,21 +464,31 @@ def test_a_signal_ends_jobs_and_leaves_a_checkpoint(tmp_path, processes):
 @pytest.mark.slow
 def test_a_job_of_two_processes(tmp_path, processes, expected):
     """Level 2 by two processes under DDP, level 1 by one."""
+    processes(tmp_path, "note")
     path = tmp_path / "resources.yaml"
     config = str(ROOT / "accelerate_configs" / "ddp_cpu.yaml")
     path.write_text(yaml.safe_dump({2: {"processes": 2}}))
     run_folder = start(tmp_path, "--level_resources", str(path), **IN_JOBS)
     assert largest_difference(state(run_folder, 1), state(expected, 1)) <= ROUNDING
     assert_nothing_is_left(run_folder)
+    assert trained_by(tmp_path) == {
+        *("level 1, rank 0: plain PyTorch", "level 2, rank 0: DDP", "level 2, rank 1: DDP"),
+    }
     path.write_text(yaml.safe_dump({"default": {"accelerate_config": config}, 2: {"processes": 3}}))
     forget_launch()
     (tmp_path / "again").mkdir()
     assert main(arguments(tmp_path / "again", "--level_resources", str(path), **IN_JOBS)) == 2
 
 
+def trained_by(folder):
+    """Levels, ranks and launches, as the fault `note` tells."""
+    return set((folder / "marks").read_text().splitlines())
+
+
 @pytest.mark.slow
 def test_a_job_under_zero_3(tmp_path, processes, expected):
     """Level 2 by two processes that share its weights, beside jobs of one process."""
+    processes(tmp_path, "note")
     path = tmp_path / "resources.yaml"
     config = str(ROOT / "accelerate_configs" / "zero3.yaml")
     path.write_text(yaml.safe_dump({2: {"processes": 2, "accelerate_config": config}}))
@@ -334,6 +496,9 @@ def test_a_job_under_zero_3(tmp_path, processes, expected):
     assert largest_difference(state(run_folder, 1), state(expected, 1)) <= ROUNDING
     assert all(client["failures"] == [] for client in records(run_folder)[0]["clients"])
     assert_nothing_is_left(run_folder)
+    one, *of_two = sorted(trained_by(tmp_path))
+    assert one == "level 1, rank 0: plain PyTorch"
+    assert of_two == ["level 2, rank 0: ZeRO-3", "level 2, rank 1: ZeRO-3"]
 
 
 @pytest.mark.slow
@@ -415,6 +580,7 @@ def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options, caps
         shown = "".join(path.read_text(errors="replace") for path in carried)
         assert len(carried) > 8 and "task" in shown
         assert re.findall(r"9000\d{3}L|\.png", shown) == [], "names of images or patients travelled"
+        assert_known_contents(carried)
         for task in tasks:
             answer = site / f"{task.name.split('.')[0]}.json"
             update = exchange.answer_path(task, "update")
@@ -438,6 +604,28 @@ def test_a_site_trains_a_task_on_its_own_data(tmp_path, processes, options, caps
     assert [client["failures"] for client in record["clients"]] == [[], ["it was trained on no examples"]]
 
 
+def assert_known_contents(carried):
+    """Answers hold what is listed here and nothing else; tensors are those of the level's slice."""
+    of_level = {}
+    for path in carried:
+        if path.name.startswith("level-"):
+            of_level[int(path.stem[6:])] = load_file(path).keys()
+    told = {"task", "client", "round", "num_examples", "metrics", "batches", "times", "tensors"}
+    answers = [path for path in carried if re.fullmatch(r"client-\d+\.json", path.name)]
+    for path in answers:
+        content = json.loads(path.read_text())
+        assert content.keys() == told | {"kind", "format", "digest"}
+        assert content["metrics"].keys() == {"loss", "steps", "seconds"}
+        assert content["tensors"].keys() == {"file", "digest", "bytes"}
+        assert re.fullmatch("[0-9a-f]{16}", content["batches"])
+        task = path.parent / "jobs" / "round-0001" / f"{path.stem}.a1.task.json"
+        names = of_level[json.loads(task.read_text())["level"]]
+        assert load_file(path.with_suffix(".safetensors")).keys() == names
+    assert len(answers) == 2
+    tensors = {path.stem for path in carried if path.suffix == ".safetensors"}
+    assert tensors == {*(f"level-{level}" for level in of_level), *(path.stem for path in answers)}
+
+
 def failing(*_):
     raise RuntimeError("a bug")
 
@@ -446,18 +634,21 @@ def test_a_folder_of_the_runs_name_is_the_runs_if_the_task_lies_in_it(tmp_path, 
     """A relative --save_path, such as the default, may be that of another run at a site."""
     run = resolved(tmp_path)[0]
     content = {
-        "run": to_dict(dataclasses.replace(run, save_path="mine")),
+        "run": to_dict(dataclasses.replace(run, save_path="mine", feature_folder="/server/features")),
         "model_file": to_dict(resolved(tmp_path)[1]),
         "model": "../model",
     }
     (tmp_path / "mine" / "jobs" / "round-0001").mkdir(parents=True)
     (tmp_path / "carried").mkdir()
     monkeypatch.chdir(tmp_path)
-    found = {}
+    found, feature_folders = {}, set()
     for place in ("mine/jobs/round-0001", "carried"):
         path = tmp_path / place / "client-0000.a1.task.json"
         note = exchange.Note(path=path, content=content)
         found[place] = worker._run_of(note, ClientOptions(task=(str(path),)))[0].save_path
+        own = ClientOptions(task=(str(path),), data_root="own")
+        feature_folders.add(worker._run_of(note, own)[0].feature_folder)
+    assert feature_folders == {None}, "a folder of the server"
     assert found == {"mine/jobs/round-0001": "mine", "carried": str(tmp_path)}
 
 

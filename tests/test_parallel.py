@@ -1,5 +1,6 @@
 """Where clients train does not matter: in one process, in several together, or in several apart."""
 
+import itertools
 import json
 import os
 import random
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import (
     Job,
@@ -18,6 +19,7 @@ from runs import (
     largest_difference,
     launched,
     load_latest,
+    nearly,
     records,
     resume,
     same_bits,
@@ -26,7 +28,11 @@ from runs import (
 )
 
 from scalefl.contracts import ClientTask, InputError
+from scalefl.federation.client import ClientTrainer
+from scalefl.federation.parallel import Parallel
+from scalefl.federation.rounds import sample_cohort, trainer_of
 from scalefl.federation.workload import deal, examples_trained
+from scalefl.models.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +50,7 @@ def same_work(one, other):
         shown = [{c["client"]: c["batches"] for c in record["clients"]} for record in (ours, theirs)]
         assert shown[0] == shown[1]
         assert ours["missing"] == theirs["missing"]
+        assert ours["evaluation"] == nearly(theirs["evaluation"], abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +167,8 @@ def test_ranks_killed_at_random_moments(tmp_path):
             assert line.endswith(f"; stopped; go on with `scalefl train --resume {tmp_path / 'run'}`.")
     assert resume(tmp_path / "run") == 0
     assert largest_difference(state(tmp_path / "run", 40), state(one, 40)) <= 40 * ROUNDING
+    left = [path for pattern in ("rank-*", "*.tmp", "*.old", ".lock") for path in tmp_path.rglob(pattern)]
+    assert left == []
 
 
 @pytest.mark.slow
@@ -305,6 +314,26 @@ def test_who_has_finished_is_not_lost(tmp_path):
 
 
 @pytest.mark.slow
+def test_who_failed_on_another_rank_is_tried_again_at_once(tmp_path):
+    """A rank with nobody else had saved its failure as the end of its round."""
+    options = {**OPTIONS, "num_clients": 2, "num_rounds": 1}
+    (tmp_path / "one").mkdir()
+    one = start(tmp_path / "one", **options)
+    more = {"executor": "parallel", "client_retries": 0, "min_clients": 2, "save_every_seconds": 0.0}
+    fault = faulty(tmp_path, "raise", rank=1)
+    with launched(
+        tmp_path, "ddp", ["-m", "scalefl", *arguments(tmp_path, **options, **more)], **fault
+    ) as job:
+        assert job.end() != 0
+    assert "1 client(s) delivered, --min_clients is 2" in job.output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-0001-part"]
+    assert resume(tmp_path / "run") == 0
+    assert largest_difference(state(tmp_path / "run", 1), state(one, 1)) <= ROUNDING
+    failures = [c["failures"] for c in records(tmp_path / "run")[0]["clients"]]
+    assert sorted(failures) == [[], ["RuntimeError: a fault"]]
+
+
+@pytest.mark.slow
 def test_a_signal_waits_for_the_checkpoint_of_one_process(tmp_path):
     """Nobody kills it, whatever else its watchdog is there for."""
     more = {**OPTIONS, "num_epoch": 5000, "client_timeout": 600.0, "print_freq": 1}
@@ -317,7 +346,7 @@ def test_a_signal_waits_for_the_checkpoint_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_client_that_hangs_in_one_process(tmp_path, sequential):
+def test_a_client_that_hangs_in_one_process(tmp_path, sequential, monkeypatch):
     """What was saved in mid-round is not trained again."""
     options = {"tuning": "full", "dropout_rate": 0.0}
     more = {**OPTIONS, **options, "save_every_seconds": 0.0, "client_timeout": 4.0}
@@ -326,7 +355,17 @@ def test_a_client_that_hangs_in_one_process(tmp_path, sequential):
         assert job.end() == 75
     (line,) = [text for text in job.output.splitlines() if text.startswith("scalefl:")]
     assert line.startswith("scalefl: client 1 (level 1), round 1 trains for longer than --client_timeout 4")
+    saved = {record["client"] for record in load_latest(tmp_path / "run" / "checkpoints").partial.clients}
+    trained, train = [], ClientTrainer.train
+    monkeypatch.setattr(
+        ClientTrainer,
+        "train",
+        lambda self, session, task, *args: (
+            trained.append((task.round, task.client)) or train(self, session, task, *args)
+        ),
+    )
     assert resume(tmp_path / "run") == 0
+    assert saved and {client for round, client in trained if round == 1} == set(range(5)) - saved
     assert same_bits(state(tmp_path / "run", 2), state(sequential(**options), 2))
 
 
@@ -334,8 +373,8 @@ def test_a_client_that_hangs_in_one_process(tmp_path, sequential):
     st.lists(st.tuples(st.integers(1, 4), st.integers(0, 50)), max_size=30),
     st.integers(1, 8),
 )
-def test_every_task_is_dealt_once_and_the_longest_first(shown, num_ranks):
-    """No rank has more than the mean and one longest task: the bound of longest-first dealing."""
+def test_every_task_is_dealt_once(shown, num_ranks):
+    """No rank has more than the mean and one longest task; the order in which tasks come does not matter."""
     tasks = [
         ClientTask(client=client, level=level, round=1, example_ids=tuple(range(examples)))
         for client, (level, examples) in enumerate(shown)
@@ -345,6 +384,45 @@ def test_every_task_is_dealt_once_and_the_longest_first(shown, num_ranks):
     assert sorted(task.client for mine in ranks for task in mine) == list(range(len(tasks)))
     loads = [sum(costs[task.client] for task in mine) for mine in ranks]
     assert max(loads) <= sum(costs.values()) / num_ranks + max(costs.values(), default=0.0) + 1e-9
+    assert deal(tasks[::-1], costs, num_ranks) == ranks
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(1, 3))
+@example([1, 1, 1, 1, 4], 2)  # as they come: 6
+def test_the_longest_are_dealt_first(examples, num_ranks):
+    """Graham's bound of that: 4/3 - 1/(3m) of the best that there is (SIAM J. Appl. Math. 17, 1969)."""
+    tasks = [
+        ClientTask(client=client, level=1, round=1, example_ids=tuple(range(count)))
+        for client, count in enumerate(examples)
+    ]
+    ranks = deal(tasks, dict(enumerate(map(float, examples))), num_ranks)
+    longest = max(sum(len(task.example_ids) for task in mine) for mine in ranks)
+    best = min(
+        max(sum(n for n, rank in zip(examples, to, strict=True) if rank == r) for r in range(num_ranks))
+        for to in itertools.product(range(num_ranks), repeat=len(examples))
+    )
+    assert longest <= (4 / 3 - 1 / (3 * num_ranks)) * best + 1e-9
+
+
+def test_each_rank_builds_a_level_once(tmp_path, monkeypatch):
+    """Six clients of two levels, over two ranks."""
+    built, submodel = [], Store.submodel
+
+    def count(self, level, state, *, own, **settings):
+        built.append(level)
+        return submodel(self, level, state, own=own, **settings)
+
+    fed = federation(tmp_path, num_clients=6)
+    executor = Parallel(trainer_of(fed), fed)
+    tasks = sample_cohort(fed.run, 1, fed.clients, fed.client_levels)
+    monkeypatch.setattr(Store, "submodel", count)
+    executor._num_ranks, trained = 2, []
+    for executor._rank in (0, 1):
+        built.clear()
+        levels = [update.level for update in executor.train(tasks, fed.initial_state, 0.1)]
+        assert built == sorted(set(levels))
+        trained += levels
+    assert sorted(trained) == [1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("options", [{"num_epoch": 2}, {"local_steps": 3}], ids=str)

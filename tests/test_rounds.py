@@ -94,6 +94,26 @@ def test_an_update_that_is_not_finite_is_left_out_and_recorded(tmp_path, monkeyp
     assert largest_difference(state(run_folder, 1), expected) <= SUM_ORDER
 
 
+def test_a_client_that_lacks_memory_takes_smaller_passes(tmp_path, monkeypatch):
+    """As many examples a step, and the next client full passes again."""
+    passes, train = [], ClientTrainer.train
+
+    def out_of_memory_at_first(self, session, task, *args):
+        passes.append((task.client, self.run.micro_batch_size))
+        if len(passes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(self, session, task, *args)
+
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = start(tmp_path / "undisturbed", num_rounds=1)
+    monkeypatch.setattr(ClientTrainer, "train", out_of_memory_at_first)
+    run_folder = start(tmp_path, num_rounds=1)
+    first, *others = [client["client"] for client in records(undisturbed)[0]["clients"]]
+    assert passes == [(first, None), (first, 2), *((client, None) for client in others)]
+    assert largest_difference(state(run_folder, 1), state(undisturbed, 1)) <= 1e-6
+    assert records(run_folder)[0]["clients"][0]["failures"] == ["OutOfMemoryError: CUDA out of memory"]
+
+
 def test_a_round_without_a_usable_update_leaves_the_model_as_it_was(tmp_path, monkeypatch, caplog):
     spoil(monkeypatch, {0, 1, 2, 3})
     run_folder = start(tmp_path, min_clients=0)

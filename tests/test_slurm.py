@@ -261,6 +261,20 @@ def test_clients_as_array_tasks(tmp_path, cluster, at_the_limit, expected):
     assert cause.startswith("its job ended without an answer (SLURM says CANCELLED")
 
 
+@pytest.mark.slow
+def test_a_cancelled_server_takes_its_clients_along(tmp_path, cluster, at_the_limit):
+    output = tmp_path / "output.txt"
+    server = cluster.submit(
+        SCRIPTS / "client_array.sbatch", tmp_path, *a_run(tmp_path), **waiting(tmp_path, 1)
+    )
+    cluster.until(lambda: waits(tmp_path) == 1, output=output)
+    cluster.run("scancel", server)
+    ended = cluster.end(server, tmp_path)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), output.read_text()
+    cluster.until(lambda: not [number for number, *_ in cluster.listed() if "_" in number], 30.0, output)
+    assert load_latest(tmp_path / "run" / "checkpoints").partial is not None
+
+
 def stubbed(cluster: Cluster, folder: Path, script: str, scripts: Path = SCRIPTS, **variables: str) -> str:
     """A job of a stub on one node, once the stub is up."""
     python = stub(folder / "python", script)

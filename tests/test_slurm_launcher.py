@@ -228,6 +228,9 @@ def test_a_submission_that_is_wrong(tmp_path, commands):
     commands("sbatch", "submitted, I think\n")
     with pytest.raises(InputError, match="submitted, I think; mend"):
         made.start(some_jobs(tmp_path))
+    commands("sbatch", "sbatch: error: AssocMaxSubmitJobLimit", code=1)
+    with pytest.raises(NotNowError):
+        made.start(some_jobs(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ def uses_gpu(run: RunConfig, there_is_one: bool) -> bool:
     return there_is_one if run.use_gpu is None else run.use_gpu
 
 
+def trains_here(run: RunConfig) -> bool:
+    """Whether the machine of this process is one that clients train on."""
+    return run.evaluate_from is None and (run.executor != "jobs" or run.job_launcher == "local")
+
+
 def compute_dtype(run: RunConfig) -> str:
     """What quantised weights are unpacked to and multiplied in."""
     return run.precision if run.quant_compute_dtype == "auto" else run.quant_compute_dtype
@@ -80,7 +85,7 @@ def holds_whole_base(run: RunConfig, shards_weights: bool) -> bool:
 
 def check_attention(run: RunConfig, device: str, has_package: bool = True) -> None:
     """Raise InputError where `--attn flash_attention_2` cannot train; evaluation masks, and takes sdpa."""
-    if run.attn != "flash_attention_2" or run.evaluate_from is not None:
+    if run.attn != "flash_attention_2":
         return
     lacking = {
         f"a CUDA GPU (this is {device})": device != "cuda",

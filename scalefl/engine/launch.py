@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
-from scalefl.config.derived import uses_gpu
+from scalefl.config.derived import trains_here, uses_gpu
 from scalefl.config.options import RunConfig
 from scalefl.contracts import InputError, Interrupted, State, Unfinished
 from scalefl.engine.board import Board
@@ -76,7 +76,7 @@ class Engine:
             **arguments, log_with=list(run.report_to) or None, project_dir=run.save_path
         )
         check_launch(self._accelerator, self._zero is not None, arguments["mixed_precision"], run.precision)
-        if run.evaluate_from is None:
+        if trains_here(run):
             offloaded = self._zero is not None and self._zero.offloads(self._accelerator, "optimizer")
             check_optimizer(run, self.device, offloaded=offloaded)
         if self.num_processes > 1 and not use_gpu and "OMP_NUM_THREADS" not in os.environ:

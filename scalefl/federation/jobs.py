@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 import time
 from collections import Counter
@@ -180,20 +181,39 @@ class Desk:
         self._ready: list[Ticket] = []
         self._running: list[Running] = []
         self._told: set[str] = set()
+        self._files = _files_in(folder)
 
     def admit(self, task: ClientTask) -> None:
         """Write a client's task, unless it was answered already, in a run that was killed."""
         ticket = Ticket(task=task, micro_batch_size=self._run.micro_batch_size)
         self.tickets.append(ticket)
-        self._write_task(ticket)
+        if not self._goes_on(ticket):
+            self._write_task(ticket)
         if not self._answered(ticket, counts=False):
             self._ready.append(ticket)
+
+    def _goes_on(self, ticket: Ticket) -> bool:
+        """Take up the last further attempt that a run before this one gave out, if there was one."""
+        for attempt in range(self._run.client_retries + 1, 1, -1):
+            path = exchange.task_path(self._folder, ticket.task.client, attempt)
+            if path.name not in self._files:
+                continue
+            name = _name_of_task(self._content_of(ticket.task, attempt))
+            try:
+                note = exchange.read_note(path, "task", answers=name)
+            except (BadFileError, OSError, KeyError):
+                continue
+            ticket.attempt, ticket.file, ticket.name = attempt, path, name
+            ticket.micro_batch_size = note.content["micro_batch_size"]
+            return True
+        return False
 
     def look(self) -> None:
         """Give out what there is room for, and take in what has come."""
         self._give_out()
         # Asked first: what a job answered before its end is seen below.
         ended = self._launcher.ended([running.job for running in self._running])
+        self._files = _files_in(self._folder)
         for running in list(self._running):
             if self._launcher.waits(running.job):
                 running.since = time.monotonic()
@@ -302,7 +322,7 @@ class Desk:
         assert ticket.file is not None
         path = exchange.answer_path(ticket.file, kind)
         try:
-            return exchange.read_note(path, kind, answers=ticket.name) if path.is_file() else None
+            return exchange.read_note(path, kind, answers=ticket.name) if path.name in self._files else None
         except ForeignFileError as error:
             self._not_taken(str(error))
             return None
@@ -312,9 +332,11 @@ class Desk:
         content = note.content
         if content["kind"] == "failure":
             return str(content["cause"])
-        if not isinstance(content["metrics"], dict) or not isinstance(content["batches"], str):
+        metrics, examples = content["metrics"], content["num_examples"]
+        told = {"loss": None, **metrics} if isinstance(metrics, dict) else {"": metrics}
+        if not isinstance(content["batches"], str) or not all(type(v) in (int, float) for v in told.values()):
             return f"{note.path.name} tells no metrics or batches"
-        if content["num_examples"] < 1:
+        if type(examples) is not int or examples < 1:
             return "it was trained on no examples"
         shapes = self._jobs._fed.store.models.slices[ticket.task.level].trainable_shapes
         return unusable(note.tensors(), shapes)
@@ -338,20 +360,26 @@ class Desk:
         if ticket.attempt <= attempts:
             self._write_task(ticket)
             self._ready.append(ticket)
+            return
+        for attempt in range(2, attempts + 1):  # a resume, which tries it anew, begins with the first
+            exchange.task_path(self._folder, task.client, attempt).unlink(missing_ok=True)
 
-    def _write_task(self, ticket: Ticket) -> None:
-        task = ticket.task
-        ticket.file = exchange.task_path(self._folder, task.client, ticket.attempt)
-        content = {
+    def _content_of(self, task: ClientTask, attempt: int) -> dict[str, Any]:
+        """All that decides the answer."""
+        return {
             **self._content,
             "client": task.client,
             "level": task.level,
             "round": task.round,
-            "attempt": ticket.attempt,
+            "attempt": attempt,
             "example_ids": list(task.example_ids),
             "tensors": self._sent[task.level],
             "distils": distils(self._run, task.round),
         }
+
+    def _write_task(self, ticket: Ticket) -> None:
+        ticket.file = exchange.task_path(self._folder, ticket.task.client, ticket.attempt)
+        content = self._content_of(ticket.task, ticket.attempt)
         ticket.name = _name_of_task(content)
         more = {"task": ticket.name, "micro_batch_size": ticket.micro_batch_size}
         exchange.write_note(ticket.file, "task", {**content, **more})
@@ -361,6 +389,11 @@ def _name_of_task(content: Mapping[str, Any]) -> str:
     """Of all that decides the answer: a run may go on under other options that are free, or elsewhere."""
     options = {name: value for name, value in content["run"].items() if name not in FREE_ON_RESUME}
     return exchange.digest_of({**content, "run": options, "origin": None})
+
+
+def _files_in(folder: Path) -> frozenset[str]:
+    """Names; asked for one by one, files that came meanwhile are seen a minute late on NFS."""
+    return frozenset(os.listdir(folder))
 
 
 def _last_words(log: Path) -> str:

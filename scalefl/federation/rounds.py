@@ -51,6 +51,8 @@ class RoundLoop:
         self._clients_done = 0
         self._failures: dict[str, list[str]] = {}
         """By client (its number as text): why attempts failed, until it is taken in."""
+        self._is_gathered = False
+        """Whether rank 0 has what every rank had of the round."""
 
     def round(self, before: Progress) -> Progress:
         """One round: from the progress before it to the progress after it, checkpointed.
@@ -96,6 +98,7 @@ class RoundLoop:
         if so_far.sums:
             merge.sums = so_far.sums
         self._failures = {client: list(causes) for client, causes in so_far.failures.items()}
+        self._is_gathered = False
         self._clients_done = len(so_far.clients)
         return merge, list(so_far.clients) if self._engine.is_main or not self._executor.splits else []
 
@@ -157,7 +160,7 @@ class RoundLoop:
         merge.sums = self._engine.sum_to_main(merge.sums)
         records = sorted(self._engine.gather(clients), key=lambda record: record["client"])
         clients[:] = records if self._engine.is_main else []
-        self._failures = {}
+        self._failures, self._is_gathered = {}, True
         return clients if self._engine.is_main else records
 
     def _check_delivered(self, number: int, clients: list[dict[str, Any]]) -> None:
@@ -249,6 +252,8 @@ class RoundLoop:
         partial = Partial(sums=merge.sums, clients=clients, failures=self._failures)
         if self._engine.is_main:
             self._save(dataclasses.replace(before, partial=partial))
+            if self._is_gathered:  # what others left has part in it, or is to be trained again
+                checkpoint.drop_rank_parts(self._folder.checkpoints)
         elif self._executor.splits and (merge.sums or clients or self._failures):
             checkpoint.save_rank_part(self._folder.checkpoints, before.round + 1, self._engine.rank, partial)
 

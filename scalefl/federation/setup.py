@@ -18,6 +18,7 @@ from scalefl.config.derived import (
     check_attention,
     holds_whole_base,
     micro_batch_size,
+    trains_here,
 )
 from scalefl.config.modelfile import ModelFile
 from scalefl.config.options import RunConfig
@@ -145,7 +146,8 @@ def check_launch(run: RunConfig, engine: Engine) -> None:
             micro_batch_size(run, wanted.processes)
     micro_batch_size(run, 1 if ranks_apart else engine.num_processes)
     holds_whole_base(run, engine.shards_weights)
-    check_attention(run, engine.device.type, is_flash_attn_2_available())
+    if trains_here(run):
+        check_attention(run, engine.device.type, is_flash_attn_2_available())
     check_quantisation(run, engine.device)
 
 

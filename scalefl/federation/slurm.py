@@ -37,8 +37,11 @@ PATIENCE_SECONDS = 1800.0
 UNLISTED_SECONDS = 10.0
 """A job just submitted may not be listed yet, and files of one that is over may be seen late."""
 
-PASSING = ("contact", "connect", "timed out", "temporar", "try again", "not respond", "communication")
-"""In what sbatch says when the controller is busy or away."""
+PASSING = (
+    *("contact", "connect", "timed out", "temporar", "try again", "not respond", "communication"),
+    "maxsubmit",
+)
+"""In what sbatch says when the controller is busy or away, or too many jobs of a user are in the queue."""
 
 ALIVE = (
     *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED"),

@@ -215,7 +215,9 @@ def _run_of(task: Note, options: ClientOptions) -> tuple[RunConfig, ModelFile]:
             "expected the folder of this client's own."
         )
     if options.data_root is not None:
-        run = dataclasses.replace(run, data_root=options.data_root, data_here="train", use_valid=True)
+        run = dataclasses.replace(
+            run, data_root=options.data_root, data_here="train", use_valid=True, feature_folder=None
+        )
     return run, from_dict(ModelFile, content["model_file"])
 
 

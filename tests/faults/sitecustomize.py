@@ -6,7 +6,8 @@ folder `marks`; `unseen`, that the client's own check is passed; `silence`, afte
 says nothing is lost; `grace`, after how many a process that was told to end is ended;
 `meeting`, in how many the processes of a launch must meet. Of kinds `slow save`,
 `slow end` and `full disk` no client is hit: a checkpoint, or the results, take `seconds`, or what `rank` has
-of a round cannot be written. Nor of kinds `raise in evaluation` and `stop in evaluation` of `rank`.
+of a round cannot be written. Nor of kinds `raise in evaluation` and `stop in evaluation` of `rank`. Of kind
+`note` every client's level, rank and launch go to the file `marks`.
 """
 
 import errno
@@ -66,6 +67,12 @@ def _install(fault: dict) -> None:
         _hit_evaluation(fault, rank)
         return
     train, write_note = ClientTrainer.train, exchange.write_note
+    if fault["kind"] == "note":
+        ClientTrainer.train = lambda self, session, task, *args: (
+            _note(fault, f"level {task.level}, rank {rank}: {self.engine.launch}")
+            or train(self, session, task, *args)
+        )
+        return
 
     def faulty(self, session, task, sent, lr):
         where = (fault.get("client", task.client), fault.get("rank", rank), fault.get("round", 1))
@@ -112,6 +119,11 @@ def _install(fault: dict) -> None:
         from scalefl.federation import attempts
 
         attempts.unusable = lambda delta, shapes: None
+
+
+def _note(fault: dict, line: str) -> None:
+    with open(fault["marks"], "a") as file:
+        file.write(f"{line}\n")
 
 
 def _hit_evaluation(fault: dict, rank: int) -> None:
