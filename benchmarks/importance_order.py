@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from measuring import hardware
@@ -62,7 +63,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, nargs=2, default=[20, 10], help="pretraining, federated")
     parser.add_argument("--examples", type=int, default=64, help="of the clients' half, to measure on")
     parser.add_argument(
-        "--small", action="store_true", help="a round each, nothing kept; synthetic data without --data-root"
+        "--small",
+        action="store_true",
+        help="a round each, cut along width alone, nothing kept; without --data-root synthetic data",
     )
     arguments = parser.parse_args()
     data = ["--data-root", arguments.data_root] if arguments.data_root else ["--num_patients", "60"]
@@ -70,12 +73,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as spare:
         out = Path(spare) if arguments.small else arguments.out
         folders = [out / f"seed-{seed}" for seed in arguments.seeds]
+        cuts = [*CUTS][:1] if arguments.small else [*CUTS]
         for seed, folder in zip(arguments.seeds, folders, strict=True):
-            one_seed([*data, "--seed", str(seed)], folder, rounds, arguments.examples)
-        print(f"{hardware()}; seeds {' '.join(map(str, arguments.seeds))}\n\n{table(folders)}")
+            one_seed([*data, "--seed", str(seed)], folder, rounds, arguments.examples, cuts)
+        print(f"{hardware()}; seeds {' '.join(map(str, arguments.seeds))}\n\n{table(folders, cuts)}")
 
 
-def one_seed(data: list[str], folder: Path, rounds: tuple[int, int], examples: int) -> None:
+def one_seed(
+    data: list[str], folder: Path, rounds: tuple[int, int], examples: int, cuts: Sequence[str]
+) -> None:
     """Pretrain, reorder, and train from both; each as `scalefl` does it on the command line."""
     of_base = ["--data", "importance_order:first_half", "--num_rounds", str(rounds[0]), *data]
     train(folder / "base", [*of_base, *CENTRAL])
@@ -86,8 +92,8 @@ def one_seed(data: list[str], folder: Path, rounds: tuple[int, int], examples: i
     if not starts["reordered"].is_dir():
         typed = ["--model", str(plain), "--out", str(starts["reordered"]), "--examples", str(examples)]
         scalefl(folder / "reorder.log", ["reorder", *typed, *of_clients])
-    for (name, start), (cut, levels) in itertools.product(starts.items(), CUTS.items()):
-        lora = [*of_clients, *levels, "--tuning", "lora", "--init_from", str(start)]
+    for (name, start), cut in itertools.product(starts.items(), cuts):
+        lora = [*of_clients, *CUTS[cut], "--tuning", "lora", "--init_from", str(start)]
         still = ["--num_rounds", "1", "--local_steps", "1", "--lr", "0"]  # is evaluated as it started
         train(folder / _run(cut, "before", name), [*lora, *still])
         train(folder / _run(cut, "after", name), [*lora, "--num_rounds", str(rounds[1])])
@@ -113,11 +119,11 @@ def scalefl(log: Path, command: list[str]) -> None:
         subprocess.run(whole, check=True, env=environment, stdout=output, stderr=output)
 
 
-def table(folders: list[Path]) -> str:
+def table(folders: Sequence[Path], cuts: Sequence[str]) -> str:
     """Markdown: rows by metric, cut, before or after, and start; a column for each level."""
     columns = ["test", "cut along", "LoRA", "start", *(f"level {level}" for level in LEVELS)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for metric, cut, when, name in itertools.product(METRICS, CUTS, ("before", "after"), STARTS):
+    for metric, cut, when, name in itertools.product(METRICS, cuts, ("before", "after"), STARTS):
         files = [folder / _run(cut, when, name) / "results.json" for folder in folders]
         results = [json.loads(file.read_text())["levels"] for file in files]
         cells = [_spread([r[level][-1][metric] for r in results]) for level in LEVELS]

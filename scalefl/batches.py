@@ -172,7 +172,7 @@ class Batcher:
 
     def _sent(self, value: Tensor) -> Tensor:
         """On the device; the GPU is not waited for, so that the next batch is made while it computes."""
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and value.device.type == "cpu":
             return value.pin_memory().to(self._device, non_blocking=True)
         return value.to(self._device)
 

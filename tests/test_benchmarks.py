@@ -38,7 +38,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         ("feature_cache.py --epochs 1 --images 2", 2),
         ("plan_accuracy.py --cases lora-nf4 tower --levels 1", 4),
         ("convert_memory.py", 1),
-        ("importance_order.py --seeds 0", 16),
+        ("importance_order.py --seeds 0", 8),
         ("full_size.py --device cpu --clients 4 --pixels 224 --bases nf4", 2),
     ],
 )

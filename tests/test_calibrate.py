@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -138,6 +139,31 @@ def test_what_is_stored_is_what_predict_does(capsys, tmp_path, model, fed):
     assert mean == pytest.approx(float(chosen["mean_cost"]))
     right = [r["answer"] == e.answer for r, e in zip(told, fed.data.splits["val"], strict=True)]
     assert sum(right) / len(right) == pytest.approx(float(chosen["accuracy"]))
+
+
+def test_temperatures_and_errors_are_those_of_the_exits(capsys, model, fed):
+    """As stored and told, against every exit's scores of the two splits."""
+    assert calibrate(model) == 0
+    shown = capsys.readouterr().out
+    stored = json.loads((model / "calibration.json").read_text())
+    loaded = MiniGPTv2ForConditionalGeneration.from_pretrained(model)
+    candidates = Candidates(ids=fed.answer_ids)
+    for split in ("val", "test"):
+        batcher = fed.batchers[split]
+        ids = range(len(batcher.examples))
+        labels = torch.tensor([example.label for example in batcher.examples])
+        with torch.no_grad():
+            exits = loaded(**batcher.scoring(ids, candidates)).exit_logits
+        for exit, logits in enumerate(exits):
+            scores = candidates.log_likelihoods(logits.unflatten(0, (len(ids), -1))).float()
+            if split == "val":
+                assert stored["temperatures"][exit] == pytest.approx(best_temperature(scores, labels))
+            temperature = stored["temperatures"][exit]
+            errors = [calibration_error((scores / t).softmax(-1), labels) for t in (1.0, temperature)]
+            told = [f"{temperature:.2f}", *(f"{error:.3f}" for error in errors)]
+            (row,) = re.findall(rf"{split}, .*?^\W*{exit + 1} (.*?)$", shown, re.MULTILINE | re.DOTALL)
+            assert re.findall(r"[\d.]+", row)[-3:] == told
+    assert 1.0 not in stored["temperatures"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from runs import MODEL, federation, load_latest, start
+from runs import MODEL, environment, federation, load_latest, start
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scalefl.cli import main
@@ -159,13 +159,45 @@ def test_the_adapter_on_a_plain_llama(tmp_path):
 
 
 def test_the_whole_model_and_its_card(tmp_path, trained):
-    checkpoint, _ = trained
+    checkpoint, fed = trained
     folder = export(checkpoint, tmp_path / "out", "--dtype", "bf16")
     model = MiniGPTv2ForConditionalGeneration.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and model.config.exit_layers == [1, 2]
     text = (folder / "README.md").read_text()
     assert text.startswith("# The whole model of a model trained with ScaleFL")
     assert "no medical device" in text and "| level 2 | 2 |" in text
+    layers = "2 layers, 4 heads, 48 feed-forward channels, exits after layers 1, 2;"
+    widths = " ".join(f"{ratio:g}" for ratio in fed.run.vertical_scale_ratios)
+    for told in (
+        layers,
+        f'- data: synthetic, asked "{fed.run.question}"',
+        f"- 1 of 1 federated rounds, 4 clients, --tuning {fed.run.tuning}, ",
+        f"- levels: widths {widths}, exits 1 2",
+        "- frozen base: none, or random weights",
+        "Llama 2 Community License",
+    ):
+        assert told in text
+    evaluation = json.loads((checkpoint.parents[1] / "metrics.jsonl").read_text())["evaluation"]
+    for level, exits in evaluation["levels"].items():
+        for exit, metrics in enumerate(exits, start=1):
+            row = next(r for r in text.splitlines() if r.startswith(f"| level {level} | {exit} |"))
+            assert f" {metrics['accuracy']:.3f} " in row
+
+
+FRESH = """
+import sys, scalefl
+assert "torch" not in sys.modules
+model = scalefl.MiniGPTv2ForConditionalGeneration.from_pretrained(sys.argv[1])
+print(model.config.exit_layers, type(scalefl.MiniGPTv2Processor.from_pretrained(sys.argv[1])).__name__)
+"""
+
+
+def test_import_scalefl_is_enough(tmp_path, trained):
+    """And costs no import of torch until a class is asked for."""
+    folder = export(trained[0], tmp_path / "out", "--level", "1")
+    command = [sys.executable, "-c", FRESH, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.stdout == "[1] MiniGPTv2Processor\n", done.stderr
 
 
 @pytest.mark.parametrize(

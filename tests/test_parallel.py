@@ -216,22 +216,22 @@ def test_a_client_that_fails_is_tried_again(tmp_path, sequential, executor, time
     [
         (
             "sleep",
-            {},
+            {"grace": 4.0},
             {"executor": "parallel", "client_timeout": 5.0},
             "for longer than --client_timeout 5",
             75,
         ),
-        ("raise", {}, {"executor": "sequential"}, "RuntimeError: a fault", 75),
+        ("raise", {"patience": 5.0}, {"executor": "sequential"}, "RuntimeError: a fault", 75),
         (
             "freeze",
-            {"rank": 1, "silence": 3.0},
+            {"rank": 1, "silence": 3.0, "grace": 4.0},
             {"executor": "parallel"},
             "rank 1 has not been heard of for 3 s",
             75,
         ),
         (
             "freeze",
-            {"rank": 0, "silence": 3.0},
+            {"rank": 0, "silence": 3.0, "grace": 4.0},
             {"executor": "parallel"},
             "rank 0 has not been heard of for 3 s",
             75,

@@ -1,5 +1,7 @@
 """`scalefl reorder`: the same function in another order, which is that of what was measured."""
 
+import dataclasses
+import json
 import shutil
 
 import pytest
@@ -7,9 +9,13 @@ import torch
 from builders import batcher
 from reordered import SYNTHETIC, refused, reorder, same_order, saved, tensors
 
+from scalefl.batches import Batcher
+from scalefl.config.resolve import resolve
 from scalefl.models.files import TensorFiles, saved_order
 from scalefl.models.minigptv2 import FAMILY, MiniGPTv2ForConditionalGeneration
+from scalefl.registry import resolve as resolve_name
 from scalefl.reordering.importance import importance, readers_of
+from scalefl.seeding import numpy_rng
 from scalefl.slicing.layout import match_layouts
 from scalefl.slicing.order import permute, unit_places
 
@@ -93,6 +99,44 @@ def test_the_measure_is_the_gradient_of_a_gate(tmp_path, kv_heads, adapters):
         assert torch.allclose(got[key].double(), score, rtol=1e-4, atol=1e-6 * float(score.max())), key
 
 
+def test_the_order_is_that_of_what_was_measured(tmp_path):
+    """On the examples that the seed draws, asked what the model was trained on, most important first."""
+    folder = saved(tmp_path / "base")
+    answers = ["none", "doubtful", "minimal", "moderate", "worst"]
+    task = {"arch": "MiniGPTv2", "question": "How bad is it?", "answers": answers}
+    (folder / "task.json").write_text(json.dumps(task))
+    out = reorder(folder, tmp_path / "out", "--seed", "5")
+    run, _ = resolve({"data": "synthetic", "num_patients": "24", "seed": "5"})
+    asked = dataclasses.replace(run, question=task["question"], answers=tuple(answers))
+    data = resolve_name("data", "synthetic")(asked)
+    drawn = numpy_rng(5, "reorder").permutation(len(data.splits["train"]))[:4]
+    shown = [data.splits["train"][number] for number in sorted(drawn)]
+    assert {example.question for example in shown} == {task["question"]}
+    model = FAMILY.load_model(str(folder)).eval().requires_grad_(False)
+    processor = FAMILY.load_processor(str(folder))
+    pixels = {example.image_key: processor.resize(data.read_image(example)) for example in shown}
+    layouts = match_layouts(TensorFiles(folder), FAMILY.layouts(model.config))
+    readers = readers_of(unit_places(layouts, FAMILY.axes(model.config, cut_vision=True)))
+    scores = importance(
+        model, Batcher(processor, shown, pixels, torch.device("cpu")), range(4), readers, run.batch_size
+    )
+    expected = {key: score.argsort(descending=True, stable=True) for key, score in scores.items()}
+    assert same_order(saved_order(out), expected)
+    assert any(not order.equal(order.sort().values) for order in expected.values())
+
+
+def test_what_no_unit_contributes_to_is_told(tmp_path, capsys):
+    """A model that is blind to its image: nothing of the tower matters, and its order stays."""
+    folder = saved(tmp_path / "base", adapters=False)
+    model = FAMILY.load_model(str(folder))
+    model.projector.weight.data.zero_()
+    model.save_pretrained(folder)
+    out = reorder(folder, tmp_path / "out")
+    assert "importance in the first half: none at all" in capsys.readouterr().out
+    order = saved_order(out)
+    assert all(o.equal(o.sort().values) for key, o in order.items() if key.startswith("vision_model."))
+
+
 def test_twice_is_one_order(tmp_path, pair):
     base, once = pair
     twice = reorder(once, tmp_path / "twice", "--seed", "7", "--examples", "1", "--precision", "bf16")
@@ -110,7 +154,10 @@ def test_twice_is_one_order(tmp_path, pair):
         ("--out BASE", "is there already; expected a new folder."),
         ("--examples 0", "--examples: got 0; expected a number at least 1."),
         ("--split tset", "--split: got 'tset'; did you mean 'test'? expected one of train, val, test."),
-        ("--exmples 3", "--exmples: unknown option; `scalefl reorder --help` lists them."),
+        (
+            "--exmples 3",
+            "--exmples: unknown option; did you mean --examples? `scalefl reorder --help` lists them.",
+        ),
         ("--data kneexray --data_root nowhere", "--data-root: 'nowhere' is not a folder;"),
         ("--data synthetic --num_patients 0", "--num_patients: got 0; expected"),
     ],

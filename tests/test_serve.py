@@ -1,5 +1,6 @@
 """`scalefl serve`: it says what `scalefl predict` says, and its map is the answer's gradient."""
 
+import asyncio
 import base64
 import io
 import json
@@ -24,6 +25,7 @@ from scalefl.models.quantised import QuantisedLinear, quantise
 from scalefl.prediction.asked import Asked, load
 from scalefl.prediction.calibration import Calibration, write_calibration
 from scalefl.serving.explain import explain
+from scalefl.serving.guard import Guard
 from scalefl.serving.report import overlaid
 from scalefl.serving.upload import told
 
@@ -194,11 +196,16 @@ def in_int8(model, family):
 
 @pytest.mark.parametrize(
     ("typed", "quantised", "distance"),
-    [((), False, 1e-4), (("--merge_lora", "--dtype", "bf16"), False, 0.1), (("--merge_lora",), True, 0.1)],
-    ids=["lora", "bf16", "int8"],
+    [
+        ((), False, 1e-4),
+        (("--merge_lora", "--dtype", "bf16"), False, 0.1),
+        (("--merge_lora", "--dtype", "fp16"), False, 0.02),
+        (("--merge_lora",), True, 0.1),
+    ],
+    ids=["lora", "bf16", "fp16", "int8"],
 )
 def test_other_forms_of_the_model_have_the_same_map(export, model, images, typed, quantised, distance):
-    """But for their rounding: 8 bits in bf16, 7 in int8, of sums over tens of values."""
+    """But for their rounding: 8 bits in bf16, 11 in fp16, 7 in int8, of sums over tens of values."""
     ours = asked(export(*typed))
     if quantised:
         in_int8(ours.model.model, ours.model.family)
@@ -257,11 +264,100 @@ def test_every_kind_of_radiograph_is_told(tmp_path, model, mode):
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (640, 1)
 
 
+def test_a_file_that_is_gone_is_told_in_a_line(tmp_path, model):
+    """The same file dropped in two pages is one upload, which the first answer removes."""
+    html = told(asked(model), tmp_path / "patient.png")
+    assert html.startswith('<p id="problem" role="alert">the uploaded file: ') and "patient" not in html
+
+
 def test_answers_are_text_and_no_html(tmp_path, model):
     Image.new("L", (40, 40)).save(tmp_path / "image.png")
     ours = load(ServeOptions(model=str(model), answers=("<b>one</b>", "<b>two</b>")))
     html = told(ours, tmp_path / "image.png")
     assert "&lt;b&gt;one&lt;/b&gt;" in html and "<b>one" not in html
+
+
+def asked_of(guard, method, path, body=b"", **headers):
+    """Status of a request, sent in two parts, and what came through to the application."""
+    came, sent = [], []
+    headers = {"content-length": str(len(body)), **headers}
+    scope = {"type": "http", "method": method, "path": path}
+    scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
+    parts = [{"type": "http.request", "body": body[:9], "more_body": True}]
+    parts += [{"type": "http.request", "body": body[9:], "more_body": False}]
+
+    async def receive():
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        while (message := await receive()) and came.append(message["body"]) is None and message["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200})
+
+    guard._app = app
+    asyncio.run(guard(scope, receive, send))
+    return sent[0]["status"], b"".join(came)
+
+
+@pytest.fixture
+def guard(tmp_path):
+    (tmp_path / "uploads" / "hash").mkdir(parents=True)
+    (tmp_path / "uploads" / "hash" / "a.png").write_text("an upload")
+    (tmp_path / "other.png").write_text("no upload")
+    (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "other.png")
+    return Guard(None, tmp_path / "uploads", max_upload=1000)
+
+
+def naming(path, **more):
+    return json.dumps({"data": [{"path": str(path), **more}], "fn_index": 0}).encode()
+
+
+def test_an_upload_may_be_asked_about(tmp_path, guard):
+    body = naming(tmp_path / "uploads" / "hash" / "a.png", meta={"_type": "gradio.FileData"})
+    assert asked_of(guard, "POST", "/gradio_api/queue/join", body) == (200, body)
+    assert asked_of(guard, "POST", "/gradio_api/upload", b"some image") == (200, b"some image")
+    assert asked_of(guard, "GET", "/config")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda folder: naming(folder / "other.png"),
+        lambda folder: naming(folder / "uploads" / ".." / "other.png"),
+        lambda folder: naming(folder / "uploads" / "link.png"),
+        lambda folder: naming(folder / "uploads" / "hash"),
+        lambda folder: naming(folder / "uploads" / "gone.png"),
+        lambda folder: naming(folder / "uploads" / "hash" / "a.png", is_stream=True),
+        lambda folder: naming("http://example.com/a.png"),
+        lambda folder: naming("\0"),
+        lambda folder: json.dumps({"data": ["a.png"]}).encode(),
+        lambda folder: json.dumps({"data": []}).encode(),
+        lambda folder: json.dumps([1]).encode(),
+        lambda folder: b"data",
+    ],
+)
+def test_nothing_else_may_be_asked_about(tmp_path, guard, body):
+    assert asked_of(guard, "POST", "/gradio_api/queue/join", body(tmp_path)) == (403, b"")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/gradio_api/run/predict", {}, 403),
+        ("POST", "/gradio_api/call/predict", {}, 403),
+        ("PUT", "/gradio_api/upload", {}, 403),
+        ("GET", "/gradio_api/file=/etc/hostname", {}, 403),
+        ("GET", "/gradio_api/proxy=http://example.com", {}, 403),
+        ("POST", "/gradio_api/upload", {"content-length": "1001"}, 413),
+        ("POST", "/gradio_api/upload", {"content-length": ""}, 411),
+        ("POST", "/gradio_api/queue/join", {"content-length": "65537"}, 413),
+    ],
+)
+def test_other_ways_in_are_closed(guard, method, path, headers, status):
+    assert asked_of(guard, method, path, **headers) == (status, b"")
 
 
 @pytest.mark.parametrize(

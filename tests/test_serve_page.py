@@ -172,6 +172,31 @@ def test_a_large_file_is_refused_by_the_server_too(job):
         urllib.request.urlopen(request)
 
 
+def posted(job, path, content):
+    body = json.dumps(content).encode()
+    request = urllib.request.Request(
+        f"{address(job)}{path}", data=body, headers={"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    return refused.value.code
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_no_file_but_an_upload_is_read_or_removed(job, model, is_stream):
+    """gradio lets whoever sends a request name any file, or an address, in place of an upload."""
+    image = model.parent / "patient-4711.png"
+    named = {"path": str(image), "is_stream": is_stream, "meta": {"_type": "gradio.FileData"}}
+    content = {"data": [named], "fn_index": 0, "session_hash": "x"}
+    for path in ("run/predict", "api/predict", "call/lambda", "queue/join"):
+        assert posted(job, f"/gradio_api/{path}", content) == 403
+    named["path"] = "http://127.0.0.1:9/a.png"
+    assert posted(job, "/gradio_api/queue/join", content) == 403
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{address(job)}/gradio_api/file={image}")
+    assert image.is_file()
+
+
 def test_it_keeps_to_this_machine_and_keeps_nothing(model, job, page):
     upload(page, model.parent / "patient-4711.png")
     assert find(page, "#answer").text.startswith("Answer: ")

@@ -36,6 +36,8 @@ class AskOptions(OwnOptions):
         yield from self.below_one("max_exit", "max_new_tokens")
         if self.exit_threshold is not None and not 0 <= self.exit_threshold <= 1:
             yield f"--exit_threshold: got {self.exit_threshold}; expected a number from 0 to 1."
+        if self.measure is not None and self.exit_threshold is None:
+            yield f"--measure: got {self.measure} without --exit_threshold; expected both."
         if self.answers is not None and len(set(self.answers)) < max(2, len(self.answers)):
             yield f"--answers: got {' '.join(self.answers) or 'nothing'}; expected two or more that differ."
         if self.open and self.answers is not None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from scalefl import STARTED_BY
 from scalefl.contracts import FirstGone, Unfinished
@@ -49,8 +50,14 @@ PARENT = "SCALEFL_STARTED_BY"
 class Watchdog:
     """Watches one process, from threads of its own, until `stop`."""
 
+    has_spoken: ClassVar[bool] = False
+    """Whether this process, its main thread or a watchdog, has said why it stops: once is enough."""
+    others_speak: ClassVar[bool] = False
+    """Whether it has heard a rank give up, of which rank 0 speaks."""
+
     def __init__(self, client_timeout: float | None, next_step: str) -> None:
         """Begins with who started this process; `next_step` is what to do once it has been ended."""
+        Watchdog.has_spoken = Watchdog.others_speak = False
         self._rank = int(os.environ.get("RANK", "0"))
         self._speaks = self._rank == 0
         self._client_timeout, self._next_step = client_timeout, next_step
@@ -152,7 +159,7 @@ class Watchdog:
             if self._cause and not self._signum:
                 board.give_up(self._cause)
             if (cause := board.given_up()) is not None:
-                self._given_up = cause
+                self._given_up, Watchdog.others_speak = cause, self._rank != 0
                 self._prepare_to_leave(cause)
         except FirstGone as gone:
             self._speaks = stands_in() and not self._given_up
@@ -177,7 +184,7 @@ class Watchdog:
 
     def _leave(self) -> None:
         """End the process past whatever its main thread hangs in; a signal may come from its own end."""
-        if self._speaks:
+        if self._speaks and not Watchdog.has_spoken:
             log.error("%s", unfinished(self._given_up or self._cause, self._next_step))
         sys.stdout.flush()
         os._exit(128 + self._signum if self._signum and not self._given_up else EXIT_UNFINISHED)
@@ -203,8 +210,11 @@ def _start_time(number: int) -> str:
 
 
 def speaks_of(stop: Unfinished) -> bool:
-    """Whether this rank says why the run stops."""
-    return os.environ.get("RANK", "0") == "0" or (isinstance(stop, FirstGone) and stands_in())
+    """Whether this rank is to say why the run stops, now."""
+    stands_in_here = isinstance(stop, FirstGone) and stands_in() and not Watchdog.others_speak
+    speaks = (os.environ.get("RANK", "0") == "0" or stands_in_here) and not Watchdog.has_spoken
+    Watchdog.has_spoken = Watchdog.has_spoken or speaks
+    return speaks
 
 
 def stands_in() -> bool:

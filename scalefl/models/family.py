@@ -32,7 +32,7 @@ class ModelFamily(Protocol):
     def new_model(self, config: Any) -> Any: ...
 
     def load_config(self, folder: str) -> Any:
-        """The config of a saved model folder."""
+        """The config of a saved model folder. Raises InputError if it holds a model of another family."""
         ...
 
     def load_model(self, folder: str) -> Any:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -386,6 +388,10 @@ class MiniGPTv2Family:
         return MiniGPTv2ForConditionalGeneration.from_pretrained(folder)
 
     def load_config(self, folder: str) -> MiniGPTv2Config:
+        kind = json.loads((Path(folder) / "config.json").read_text("utf-8")).get("model_type")
+        if kind != MiniGPTv2Config.model_type:
+            expected = f"expected {MiniGPTv2Config.model_type}, which sees images"
+            raise InputError(f"{folder}: holds a model of type {kind}; {expected}.")
         return MiniGPTv2Config.from_pretrained(folder)
 
     def layouts(self, config: MiniGPTv2Config) -> tuple[tuple[str, str], ...]:

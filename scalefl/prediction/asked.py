@@ -42,11 +42,11 @@ def load(options: AskOptions) -> Asked:
 
 
 def _rule(options: AskOptions, folder: Path, num_exits: int) -> ExitRule:
-    """As typed; else as calibrated, for the candidates that the calibration is of."""
+    """As typed; else as calibrated, for the question and the candidates that the calibration is of."""
     if options.max_exit is not None and options.max_exit > num_exits:
         raise InputError(f"--max_exit: got {options.max_exit}; this model has exits 1 to {num_exits}.")
-    is_asked_for = options.exit_threshold is None and options.measure is None
-    if is_asked_for and not options.open and options.answers is None:
+    is_own = options.answers is None and options.question in (None, task_of(folder).question)
+    if options.exit_threshold is None and not options.open and is_own:
         if (calibration := read_calibration(folder, num_exits)) is not None:
             return calibration.rule(options.max_exit)
     threshold = NEVER if options.exit_threshold is None else options.exit_threshold

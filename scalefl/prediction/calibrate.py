@@ -30,7 +30,7 @@ from scalefl.prediction.calibration import (
     curve,
     write_calibration,
 )
-from scalefl.prediction.loaded import Answering, task_of
+from scalefl.prediction.loaded import Answering, device_of, task_of
 from scalefl.registry import resolve
 
 DEFAULT_DROP = 0.02
@@ -51,7 +51,7 @@ def calibrate(run: RunConfig, options: CalibrateOptions) -> None:
     """Fit temperatures, choose a threshold, store both, and tell what they come to on both splits."""
     assert options.model is not None
     folder = Path(options.model)
-    model = _model(folder)
+    model = _model(folder, device_of(run.use_gpu))
     measured, costs = _measure(run, model, options.batch)
     val = measured["val"]
     temperatures = tuple(best_temperature(part, val.labels_b) for part in val.scores_mba)
@@ -79,11 +79,11 @@ def calibrate(run: RunConfig, options: CalibrateOptions) -> None:
     display.line(f"calibration  {folder / CALIBRATION_FILE}")
 
 
-def _model(folder: Path) -> Answering:
+def _model(folder: Path, device: torch.device) -> Answering:
     task = task_of(folder)
     if task.answers is None:
         raise InputError(f"--model {folder}: its answers are open; expected a model with candidate answers.")
-    model = Answering(folder, torch.device("cpu"), None, task.answers)
+    model = Answering(folder, device, None, task.answers)
     if model.num_exits < 2:
         raise InputError(f"--model {folder}: has one exit; there is nothing to choose.")
     return model

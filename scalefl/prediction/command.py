@@ -86,7 +86,7 @@ def _tell(found: Sequence[tuple[Path, Answer]], options: PredictOptions) -> None
     if options.json:
         display.line(json.dumps(records, indent=1))
     elif records:
-        folder = os.path.commonpath([path.parent for path, _ in found])
+        folder = os.path.commonpath([path.absolute().parent for path, _ in found])
         rows = [{**record, "image": os.path.relpath(record["image"], folder)} for record in records]
         display.table(f"{folder}", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
     if options.csv is not None and records and not options.json:

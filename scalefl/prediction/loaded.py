@@ -16,6 +16,8 @@ from scalefl.batches import Batcher, Candidates
 from scalefl.config.saved import CONFIG_FILE, load_config
 from scalefl.contracts import Example, InputError
 from scalefl.inference import ExitRule, answer
+from scalefl.models.build import check_weights
+from scalefl.models.files import TensorFiles
 from scalefl.registry import resolve
 
 TASK_FILE = "task.json"
@@ -69,7 +71,7 @@ class Answering:
     def __init__(
         self, folder: Path, device: torch.device, question: str | None, answers: tuple[str, ...] | None
     ) -> None:
-        """Raises InputError if the folder holds no model, or no question is known."""
+        """Raises InputError if the folder holds no whole model, or no question is known."""
         task = task_of(folder)
         if not (folder / "config.json").is_file():
             also = ""
@@ -80,6 +82,7 @@ class Answering:
             raise InputError(f"--model {folder}: does not say what it was asked; expected --question TEXT.")
         self.question = chosen
         self.family = resolve("arch", task.arch)
+        check_weights(self.family, self.family.load_config(str(folder)), TensorFiles(folder))
         self.model = self.family.load_model(str(folder)).eval().requires_grad_(False).to(device)
         self.processor, self.device = self.family.load_processor(str(folder)), device
         self.answers = answers

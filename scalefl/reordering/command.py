@@ -57,6 +57,8 @@ def reorder(run: RunConfig, options: ReorderOptions) -> None:
         raise InputError(f"--out {out}: is there already; expected a new folder.")
     model = _saved(Path(options.model), resolve("arch", run.arch))
     scores = _measured(run, options, model)
+    if not all(bool(score.isfinite().all()) for score in scores.values()):
+        raise InputError(f"--precision {run.precision}: the loss is not finite in it; try --precision fp32.")
     order = most_first(scores)
     _write(model, order, out)
     display = Display(speaks=True, print_freq=1)
@@ -102,8 +104,12 @@ def _layouts(
 
 
 def _measured(run: RunConfig, options: ReorderOptions, model: Saved) -> dict[str, Tensor]:
-    """What every unit contributes on examples drawn from the split."""
-    data = resolve("data", run.data)(run)
+    """What every unit contributes to the model's own answers, on examples drawn from the split."""
+    task = task_of(model.folder)
+    asked = run
+    if task.question is not None:
+        asked = dataclasses.replace(run, question=task.question, answers=task.answers or run.answers)
+    data = resolve("data", run.data)(asked)
     if not (examples := data.splits.get(options.split)):
         raise InputError(f"--split {options.split}: {data.name} has no examples there; name another split.")
     drawn = numpy_rng(run.seed, "reorder").permutation(len(examples))[: options.examples]
@@ -145,4 +151,5 @@ def told(scores: Mapping[str, Tensor], order: Order) -> Iterator[str]:
         whole = sum(float(score.sum()) for score in own.values())
         before = sum(float(score[: len(score) // 2].sum()) for score in own.values())
         after = sum(float(score[order[key][: len(score) // 2]].sum()) for key, score in own.items())
-        yield f"{axis:<12} importance in the first half: {before / whole:.2f} before, {after / whole:.2f} now"
+        shares = f"{before / whole:.2f} before, {after / whole:.2f} now" if whole else "none at all"
+        yield f"{axis:<12} importance in the first half: {shares}"

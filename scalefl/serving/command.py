@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -28,7 +29,11 @@ def serve(options: ServeOptions) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise InputError("scalefl serve: gradio is not installed; `pip install .[serve]` installs it.")
-    with _stopped_by_a_signal(), _listening(options.host, options.port) as sock, _uploads_in_a_folder():
+    with (
+        _stopped_by_a_signal(),
+        _listening(options.host, options.port) as sock,
+        _folder_of_uploads() as uploads,
+    ):
         asked = load(options)
         # Imported late: gradio reads at import where uploads are to lie, and is not there for other commands.
         import uvicorn
@@ -36,7 +41,7 @@ def serve(options: ServeOptions) -> None:
         from scalefl.serving.page import app
 
         config = uvicorn.Config(
-            app(asked, options.max_upload_mb),
+            app(asked, uploads, options.max_upload_mb),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GOODBYE_SECONDS,
@@ -74,8 +79,8 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _uploads_in_a_folder() -> Iterator[None]:
+def _folder_of_uploads() -> Iterator[Path]:
     """Where gradio puts files until they are read: a folder that goes with the command."""
     with tempfile.TemporaryDirectory(prefix="scalefl-serve-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
+        yield Path(folder)

@@ -9,15 +9,30 @@ import gradio
 from fastapi import FastAPI
 
 from scalefl.prediction.asked import Asked
+from scalefl.serving.guard import Guard
 from scalefl.serving.upload import told
 
 STATEMENT = "This is a research tool and no medical device: do not use it to diagnose or to treat."
 CSS = "figure { display: inline-block; width: 48%; margin: 0 1% 0 0 } figure img { width: 100% }"
 
 
-def app(asked: Asked, max_upload_mb: int) -> FastAPI:
-    """The page at `/`. It loads nothing from elsewhere, reports nothing, and the browser keeps no history."""
-    with gradio.Blocks(title="ScaleFL", analytics_enabled=False) as blocks:
+MB = 2**20
+FORM = 2**16
+"""Bytes that a request for an upload has beside the file, at most."""
+CLEARED_EVERY, KEPT = 60, 600
+"""Seconds: of uploads that nobody asked about, as of a page that was closed."""
+WAITING = 32
+"""Questions in the queue; further ones are refused."""
+
+
+def app(asked: Asked, uploads: Path, max_upload_mb: int) -> Guard:
+    """The page at `/`, whose files go through the folder `uploads`, which gradio must know as its own.
+
+    It loads nothing from elsewhere, reports nothing, and the browser keeps no history. One question is
+    answered at a time.
+    """
+    blocks = gradio.Blocks(title="ScaleFL", analytics_enabled=False, delete_cache=(CLEARED_EVERY, KEPT))
+    with blocks:
         gradio.HTML(f'<h1>ScaleFL</h1><p id="statement"><b>{STATEMENT}</b></p>')
         gradio.HTML(f"<p>Question: {escape(asked.model.question)}</p>")
         file = gradio.File(label=f"Radiograph, up to {max_upload_mb} MB")
@@ -26,7 +41,9 @@ def app(asked: Asked, max_upload_mb: int) -> FastAPI:
         file.upload(
             lambda path: (None, told(asked, Path(path))), file, [file, shown], api_visibility="private"
         )
-    return gradio.mount_gradio_app(
+    blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    blocks.has_launched = True  # for what is mounted too gradio then looks where a file lies
+    page = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),
         blocks,
         path="/",
@@ -40,3 +57,4 @@ def app(asked: Asked, max_upload_mb: int) -> FastAPI:
         pwa=False,
         mcp_server=False,
     )
+    return Guard(page, uploads, max_upload_mb * MB + FORM)

@@ -18,5 +18,5 @@ def told(asked: Asked, path: Path) -> str:
     except InputError as error:
         return problem(str(error))
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)  # the same file dropped twice is one upload
     return report(explain(asked, image), image)

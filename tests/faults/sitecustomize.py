@@ -4,7 +4,8 @@
 is hit; `kind`, what happens; `times`, how many attempts are hit, counted over all processes in files of the
 folder `marks`; `unseen`, that the client's own check is passed; `silence`, after how many seconds a rank that
 says nothing is lost; `grace`, after how many a process that was told to end is ended;
-`meeting`, in how many the processes of a launch must meet. Of kinds `slow save`,
+`meeting`, in how many the processes of a launch must meet; `patience`, for how many a rank whose client
+failed waits for the others' word. Of kinds `slow save`,
 `slow end` and `full disk` no client is hit: a checkpoint, or the results, take `seconds`, or what `rank` has
 of a round cannot be written. Nor of kinds `raise in evaluation` and `stop in evaluation` of `rank`. Of kind
 `note` every client's level, rank and launch go to the file `marks`.
@@ -37,7 +38,7 @@ def _install(fault: dict) -> None:
     import torch
 
     from scalefl import checkpoint
-    from scalefl.engine import watchdog
+    from scalefl.engine import launch, watchdog
     from scalefl.federation import exchange
     from scalefl.federation.client import ClientTrainer
     from scalefl.federation.records import RunFolder
@@ -46,6 +47,7 @@ def _install(fault: dict) -> None:
     watchdog.SILENCE_SECONDS = fault.get("silence", watchdog.SILENCE_SECONDS)
     watchdog.MEETING_SECONDS = fault.get("meeting", watchdog.MEETING_SECONDS)
     watchdog.GRACE_SECONDS = fault.get("grace", watchdog.GRACE_SECONDS)
+    launch.PATIENCE_SECONDS = fault.get("patience", launch.PATIENCE_SECONDS)
     if fault["kind"] == "slow end":
         results = RunFolder.write_results
         RunFolder.write_results = lambda self, content: (
