@@ -147,7 +147,7 @@ def test_files_hold_the_trainable_slices_alone(tmp_path, processes, monkeypatch)
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_client_that_fails_once_is_tried_again(
-    tmp_path, processes, expected, kind, more, options, cause, capsys
+    tmp_path, processes, expected, kind, more, options, cause, caplog
 ):
     """And the run is the run without the failure, bit for bit; the cause is in its record, and told once."""
     processes(tmp_path, kind, **more)
@@ -159,7 +159,7 @@ def test_a_client_that_fails_once_is_tried_again(
     assert len(failures[1]) == 1
     assert cause in failures[1][0]
     assert record["left_out"] == 0
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if "client 1" in text]
+    (line,) = [text for text in caplog.messages if "client 1" in text]
     assert line == f"client 1 (level 1), round 1, attempt 1 of 2: {failures[1][0]}; it is tried again"
     assert_nothing_is_left(run_folder)
 

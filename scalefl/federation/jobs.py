@@ -392,8 +392,14 @@ def _name_of_task(content: Mapping[str, Any]) -> str:
 
 
 def _files_in(folder: Path) -> frozenset[str]:
-    """Names; asked for one by one, files that came meanwhile are seen a minute late on NFS."""
-    return frozenset(os.listdir(folder))
+    """Names; asked for one by one, files that came meanwhile are seen a minute late on NFS.
+
+    None where the folder cannot be seen for the moment.
+    """
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
 
 
 def _last_words(log: Path) -> str:
