@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from runs import (
     Job,
     arguments,
+    environment,
     federation,
     forget_launch,
     largest_difference,
@@ -367,6 +370,28 @@ def test_a_client_that_hangs_in_one_process(tmp_path, sequential, monkeypatch):
     assert resume(tmp_path / "run") == 0
     assert saved and {client for round, client in trained if round == 1} == set(range(5)) - saved
     assert same_bits(state(tmp_path / "run", 2), state(sequential(**options), 2))
+
+
+ENDS_WHILE_THE_BOARD_IS_ASKED = """
+import sys, time
+from scalefl.engine import watchdog
+from scalefl.engine.board import Board
+
+watchdog.SECONDS_BETWEEN_LOOKS = 0.0
+watching = watchdog.Watchdog(None, "go on")
+watching.listen(Board(0, 1))
+time.sleep(0.3)
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_by_itself_has_its_own_exit_code():
+    """A thread that is in the board's C++ code when Python ends would abort the process."""
+    variables = environment(RANK="0", MASTER_ADDR="127.0.0.1", PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_THE_BOARD_IS_ASKED], env=variables, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 @given(

@@ -219,7 +219,7 @@ def test_a_signal_ends_it_though_somebody_looks(tmp_path, model, browser, number
         browser.get(address(job))
         find(browser, "#statement")
         job.process.send_signal(number)
-        assert job.end(30) == code
+        assert job.end(30) == code, job.last_lines
         said = job.output.splitlines()[1:]
         assert said == ([] if code == 130 else ["scalefl: stopped by signal 15; start again."])
         assert list((tmp_path / "tmp").glob("scalefl-serve-*")) == []

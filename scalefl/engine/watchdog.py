@@ -5,6 +5,7 @@ A thread, since the main one may hang in a collective. What is on disk by then c
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -85,10 +86,13 @@ class Watchdog:
     def stop(self) -> None:
         """Look no more; what is being looked at is seen to its end."""
         self._done.set()
+        atexit.unregister(self.stop)
         for thread in self._threads:
             thread.join(GRACE_SECONDS)  # a board that is frozen never answers
 
     def _start(self, work: Callable[[], None]) -> None:
+        if not self._threads:
+            atexit.register(self.stop)  # a thread that asks the board while Python ends aborts the process
         self._threads.append(threading.Thread(target=work, name="watchdog", daemon=True))
         self._threads[-1].start()
 

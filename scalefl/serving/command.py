@@ -54,16 +54,21 @@ def serve(options: ServeOptions) -> None:
 
 @contextmanager
 def _stopped_by_a_signal() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does: uvicorn shuts down first, then raises the signal once more."""
+    """SIGTERM ends the command as Ctrl-C does: uvicorn shuts down first, then raises the signal once more.
+
+    A shell that starts it in the background has it ignore Ctrl-C, which uvicorn does not.
+    """
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise Interrupted(signum)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _listening(host: str, port: int) -> socket.socket:
