@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from scalefl.contracts import InputError, State
-from scalefl.models.files import os_error_number
+from scalefl.models.files import os_error_number, save_file
 
 RECORD = "checkpoint.json"
 RANK_RECORD = "clients.json"

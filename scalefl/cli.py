@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_processes(command.name)
         if command.name in COMMANDS_OF_THEIR_OWN:
             return _stoppable(
-                lambda: _function(COMMANDS_OF_THEIR_OWN[command.name])(command.own),
+                lambda: _do_alone(command),
                 JOB_ENDS if command.name == "client" else "start again",
             )
         run, model_file = resolve(command.flags, *command.config_files, command=command.name)
@@ -80,8 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_processes(command: str) -> None:
     if command in ONE_PROCESS and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise InputError(
-            f"scalefl {command}: got {processes} processes; it runs as one: start it without a launcher."
+            f"{command}: got {processes} processes; it runs as one: start it without a launcher."
         )
+
+
+def _do_alone(command: Command) -> None:
+    """What needs no run; `client` and `serve` meet signals themselves."""
+    with contextlib.nullcontext() if command.name in ("client", "serve") else _stop_in_setup():
+        _function(COMMANDS_OF_THEIR_OWN[command.name])(command.own)
 
 
 def _do(command: Command, run: RunConfig, model_file: ModelFile) -> None:
@@ -92,7 +98,8 @@ def _do(command: Command, run: RunConfig, model_file: ModelFile) -> None:
         if _speaks():  # once under `accelerate launch`
             plan(run, model_file, command)
     elif command.name in COMMANDS_ON_DATA:
-        _function(COMMANDS_ON_DATA[command.name])(run, command.own)
+        with _stop_in_setup():
+            _function(COMMANDS_ON_DATA[command.name])(run, command.own)
     else:
         from scalefl.federation.run import train
 
@@ -124,7 +131,7 @@ def _stoppable(work: Callable[[], None], next_step: str) -> int:
 
 @contextlib.contextmanager
 def _stop_in_setup() -> Iterator[None]:
-    """A signal before training begins, or in an evaluation, says so; a round loop stops at a step itself."""
+    """A signal outside of training ends the command and says so; a round loop stops at a step itself."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         if _speaks():
@@ -145,6 +152,7 @@ def _speaks() -> bool:
 
 
 def _log_to_stderr() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that a CPU lacks
     logger = logging.getLogger("scalefl")
     level = logging.DEBUG if os.environ.get("SCALEFL_DEBUG") else logging.INFO
     logger.setLevel(level if _speaks() else logging.ERROR)

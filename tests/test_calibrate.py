@@ -166,12 +166,19 @@ def test_temperatures_and_errors_are_those_of_the_exits(capsys, model, fed):
     assert 1.0 not in stored["temperatures"]
 
 
+def test_a_cost_that_no_exit_keeps_to_is_told(caplog, model):
+    assert calibrate(model, "--mean_cost", "0.001") == 0
+    (line,) = [text for text in caplog.messages if text.startswith("--mean_cost")]
+    assert re.fullmatch(r"--mean_cost 0.001: the cheapest is 0\.\d{3} and taken", line)
+
+
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
         (["--accuracy_drop", "1.5"], "--accuracy_drop: got 1.5; expected a share from 0 to below 1."),
         (["--accuracy_drop", "0.1", "--mean_cost", "0.5"], "--mean_cost: --accuracy_drop is given as well"),
         (["--mean_cost", "0"], "--mean_cost: got 0.0; expected a share above 0 and at most 1."),
+        (["--model", "nowhere"], "--model nowhere: no model there (config.json is missing); expected a"),
         (["--mesure", "margin"], "--mesure: unknown option; "),
     ],
 )

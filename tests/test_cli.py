@@ -171,6 +171,7 @@ def test_version(capsys):
             "reorder --model a --out b --exmples 3",
             "--exmples: unknown option; did you mean --examples? `scalefl reorder --help` lists them.",
         ),
+        ("reorder --modle a --out b", "--modle: unknown option; did you mean --model? `scalefl reorder"),
         (
             "calibrate --model a --mean_csot 1",
             "--mean_csot: unknown option; did you mean --mean_cost? `scalefl calibrate --help` lists them.",
@@ -232,7 +233,7 @@ def test_a_command_of_one_process_refuses_a_launch_of_several(capsys, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command.split()) == 2
     name = command.partition(" ")[0]
-    line = f"scalefl: scalefl {name}: got 2 processes; it runs as one: start it without a launcher.\n"
+    line = f"scalefl: {name}: got 2 processes; it runs as one: start it without a launcher.\n"
     assert capsys.readouterr().err == line
 
 

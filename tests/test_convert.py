@@ -364,7 +364,12 @@ def spoilt(tmp_path, what):
         del model["llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
         torch.save({"model": model}, path)
         return {"--ckpt": str(path)}
-    return {"--image_size": "50"}
+    if what == "no config":
+        folder = tmp_path / "llama"
+        shutil.copytree(FIXTURE / "llama", folder)
+        (folder / "config.json").unlink()
+        return {"--llama": str(folder)}
+    return {"--image_size": "50"} if what == "size" else {"--vit_heads": "5"}
 
 
 @pytest.mark.parametrize(
@@ -389,6 +394,8 @@ def spoilt(tmp_path, what):
                 "--allow_missing NAME ... takes it without",
             ],
         ),
+        ("no config", ["llama: config.json is missing; expected all files of the Llama."]),
+        ("heads", ["--vit_heads 5: does not divide the tower's width 64; expected the number that it was"]),
         ("size", ["--image_size 50: gives 9 patches of 14 pixels; expected a multiple of 28, such as 56"]),
     ],
 )
@@ -439,6 +446,8 @@ def test_what_may_be_missing_is_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "missing, starts anew: projector.bias" in said and "not used: less.pth: odd.weight" in said
     assert float(load(tmp_path / "model").projector.bias.abs().max()) == 0.0
+    assert main(typed(tmp_path / "again", changed, more=[*more, "nothing.*"])) == 2
+    assert "--allow_missing nothing.*: nothing has such a name" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_there_is_left_alone(folder, capsys):

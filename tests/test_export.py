@@ -1,16 +1,21 @@
 """An exported level is the sub-model that clients trained, for whoever loads it with plain tools."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, environment, federation, load_latest, start
+from runs import MODEL, Job, environment, federation, load_latest, start
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scalefl.cli import main
 from scalefl.models.minigptv2 import MiniGPTv2ForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ROUNDING = 2e-5
 """Merged and folded weights: products of fp32 in another order, for logits of about 1."""
@@ -173,7 +178,7 @@ def test_the_whole_model_and_its_card(tmp_path, trained):
         f'- data: synthetic, asked "{fed.run.question}"',
         f"- 1 of 1 federated rounds, 4 clients, --tuning {fed.run.tuning}, ",
         f"- levels: widths {widths}, exits 1 2",
-        "- frozen base: none, or random weights",
+        "- frozen base: none, or random weights\n",
         "Llama 2 Community License",
     ):
         assert told in text
@@ -182,6 +187,39 @@ def test_the_whole_model_and_its_card(tmp_path, trained):
         for exit, metrics in enumerate(exits, start=1):
             row = next(r for r in text.splitlines() if r.startswith(f"| level {level} | {exit} |"))
             assert f" {metrics['accuracy']:.3f} " in row
+
+
+def test_a_card_names_its_part_and_no_folder(tmp_path):
+    """Of a run from a saved model: where that lies is nobody's business."""
+    checkpoint, _ = run(tmp_path, tuning="full")
+    base = export(checkpoint, tmp_path / "a base")
+    (tmp_path / "lora").mkdir()
+    adapted, _ = run(tmp_path / "lora", **KINDS["lora"], init_from=str(base))
+    for part, title in (("adapter", "The LoRA adapter of the"), ("language", "The language model of the")):
+        text = (export(adapted, tmp_path / part, "--part", part) / "README.md").read_text()
+        assert text.startswith(f"# {title} whole model of a model trained with ScaleFL")
+        assert "- frozen base: a base\n" in text and str(tmp_path) not in text
+
+
+def test_weights_may_be_read_by_who_may_read_the_rest(tmp_path, trained):
+    folder = export(trained[0], tmp_path / "out")
+    assert len({path.stat().st_mode for path in [*folder.iterdir(), *trained[0].iterdir()]}) == 1
+
+
+def test_a_signal_leaves_nothing(tmp_path, trained):
+    """Neither beside --out nor among temporary files; and says so in a line."""
+    (tmp_path / "tmp").mkdir()
+    slow = "import time; from scalefl.export import command as c; w = c.WRITERS['whole']; "
+    slow += "c.WRITERS['whole'] = lambda *a: (w(*a), print('written', flush=True), time.sleep(60)); "
+    slow += "import sys; from scalefl.cli import main; sys.exit(main(sys.argv[1:]))"
+    typed = ["export", "--checkpoint", str(trained[0]), "--out", str(tmp_path / "out")]
+    with Job(tmp_path, ["-c", slow, *typed], TMPDIR=str(tmp_path / "tmp"), PYTHONPATH=str(ROOT)) as job:
+        job.wait_for("written")
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.end(30) == 143
+    assert "scalefl: stopped outside of training; nothing is lost, start again." in job.output
+    left = {path.name for path in tmp_path.rglob("*")} - {"output.txt", "tmp"}
+    assert {name for name in left if "out" in name or "base" in name} == set()
 
 
 FRESH = """

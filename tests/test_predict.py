@@ -226,6 +226,13 @@ def test_a_checkpoint_is_no_model_folder(capsys, tmp_path, images):
     capsys.readouterr()
     assert main(["predict", str(images), "--model", str(checkpoint)]) == 2
     assert f"`scalefl export --checkpoint {checkpoint}` makes one of this" in capsys.readouterr().err
+    assert main(["predict", str(images), "--model", str(run)]) == 2
+    assert f"`scalefl export --checkpoint {checkpoint}` makes one of this" in capsys.readouterr().err
+    assert main(["predict", str(images), "--model", "nowhere"]) == 2
+    line = (
+        "--model nowhere: no model there (config.json is missing); expected a folder such as `scalefl export`"
+    )
+    assert line in capsys.readouterr().err
 
 
 def test_a_model_must_be_whole(capsys, tmp_path, model, images):
@@ -240,6 +247,39 @@ def test_a_model_must_be_whole(capsys, tmp_path, model, images):
     assert main(["predict", str(images), "--model", str(broken)]) == 2
     line = f"scalefl: {broken}: missing: projector.weight; expected the weights of its config.json.\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("task.json", "{", "task.json: damaged (JSONDecodeError: "),
+        ("task.json", "{}", "task.json: damaged (KeyError: 'answers'); remove it, and give --question"),
+        ("config.json", "[", "config.json: cannot be read ("),
+        ("tokenizer.json", None, ": its processor cannot be read ("),
+        ("processor_config.json", None, ": its processor cannot be read ("),
+    ],
+)
+def test_a_damaged_folder_is_one_line(capsys, tmp_path, model, images, file, content, line):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / file).unlink() if content is None else (broken / file).write_text(content)
+    assert main(["predict", str(images), "--model", str(broken)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"scalefl: {broken}") and line in said
+
+
+def test_answers_are_not_lost_to_a_file(capsys, tmp_path, model, images):
+    typed = ["predict", str(images), "--model", str(model), "--csv"]
+    assert main([*typed, str(tmp_path / "nowhere" / "a.csv")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "a.csv: its folder is not there; expected one to write into." in said.err
+    assert main([*typed, str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "1.png" in said.out and f"--csv {tmp_path}: Is a directory; give another path." in said.err
+
+
+def test_a_switch_in_front_of_the_images(capsys, model, images):
+    assert main(["predict", "--model", str(model), "--json", str(images / "1.png")]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
 
 
 def test_a_language_model_alone_sees_nothing(capsys, tmp_path, fed, images):

@@ -53,11 +53,14 @@ def parse(argv: Sequence[str]) -> Command:
         raise InputError(
             f"--{unknown[0]}: no option of `scalefl {command}`; {hint}see `scalefl {command} --help`."
         )
+    try:
+        read = kind.read(own) if kind else None
+    except InputError:
+        if not unknown:  # else what is missing may have been misspelt: `resolve` names that
+            raise
+        read = None
     return Command(
-        name=command,
-        config_files=config_files,
-        flags={**flags, **dict.fromkeys(unknown)},
-        own=kind.read(own) if kind else None,
+        name=command, config_files=config_files, flags={**flags, **dict.fromkeys(unknown)}, own=read
     )
 
 
@@ -106,6 +109,8 @@ def _add_options(
             flag, text = f"--{option.name}", helps[option.name] + _default(option.default)
             if option.name == getattr(group, "positional", None):
                 parser.add_argument(option.name, nargs="+", metavar="IMAGE", help=text)
+            elif kind is bool and hasattr(group, "positional"):  # a value might be what stands behind it
+                section.add_argument(flag, action="store_true", help=text)
             elif kind is bool:
                 section.add_argument(flag, nargs="?", const=True, metavar="0|1", help=text)
                 off = f"--no_{option.name}"

@@ -30,7 +30,7 @@ def base_of_part(run: RunConfig) -> tuple[RunConfig, ModelFile] | None:
     if not (source / "config.json").is_file():
         raise InputError(
             f"--init_from {source}: no model there; expected a folder with config.json and model.safetensors "
-            "or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
+            "or a checkpoint such as SAVE_PATH/checkpoints/round-0005; if it has moved, name its new place."
         )
     return None
 

@@ -43,8 +43,14 @@ def told(released: Released) -> Iterator[str]:
     if lora is not None:
         yield f"adapters: rank {lora.rank}, alpha {lora.alpha:g}, on {' '.join(lora.targets)}"
     for what, names in (("not used", released.unused), ("missing, starts anew", released.started_anew)):
-        alike = Counter(re.sub(r"\d+", "*", name) for name in names)
+        alike = Counter(map(_of_any_layer, names))
         yield from (f"{what}: {name}" + f" ({count} of them)" * (count > 1) for name, count in alike.items())
+
+
+def _of_any_layer(name: str) -> str:
+    """`FILE: KEY`, or a parameter, with * for numbers in it."""
+    file, colon, key = name.rpartition(": ")
+    return file + colon + re.sub(r"\d+", "*", key)
 
 
 def of_model_file(model_file: ModelFile, lora_alpha: float) -> ConvertOptions:

@@ -176,6 +176,8 @@ class Released:
 
     def _config(self) -> MiniGPTv2Config:
         folder = self.llama.place if self.llama.place.is_dir() else self.llama.place.parent
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--llama {folder}: config.json is missing; expected all files of the Llama.")
         try:
             text = LlamaConfig.from_pretrained(folder, local_files_only=True).to_dict()
         except (OSError, ValueError) as error:
@@ -191,12 +193,17 @@ class Released:
             "_name_or_path",
         )
         text = {key: value for key, value in text.items() if key not in left_out}
-        shapes = self.vit.shapes
+        shapes, heads = self.vit.shapes, self._options.vit_heads
+        if (width := shapes["cls_token"][-1]) % heads:
+            raise InputError(
+                f"--vit_heads {heads}: does not divide the tower's width {width}; expected the number that "
+                "it was trained with."
+            )
         vision = {
-            "hidden_size": shapes["cls_token"][-1],
+            "hidden_size": width,
             "intermediate_size": shapes["blocks.0.mlp.fc1.weight"][0],
             "num_hidden_layers": self._tower_depth(),
-            "num_attention_heads": self._options.vit_heads,
+            "num_attention_heads": heads,
             "patch_size": shapes["patch_embed.proj.weight"][-1],
             "image_size": self._options.image_size,
             "layer_norm_eps": EVA_VIT_G["layer_norm_eps"],
@@ -240,18 +247,20 @@ class Released:
                 f"multiple of {fits}, such as {max(1, round(size / fits)) * fits}, whose patches divide by "
                 f"{PATCHES_PER_TOKEN}."
             )
-        if vision.hidden_size % vision.num_attention_heads:
-            raise InputError(
-                f"--vit_heads {vision.num_attention_heads}: does not divide the tower's width "
-                f"{vision.hidden_size}; expected the number that it was trained with."
-            )
 
     def _check(self) -> list[str]:
         """Parameters that no file has and that may start anew. Raises InputError for all else that is off."""
         missing = [name for name in self.shapes if name not in self.origins]
         unknown = [name for name in self.origins if name not in self.shapes]
         allowed = self._options.allow_missing
+        in_files = [key for origin in self.origins.values() for key in origin.keys]
+        off = [*missing, *unknown, *in_files]
         problems = [
+            f"--allow_missing {pattern}: nothing has such a name; see the names that are missing or unknown"
+            for pattern in allowed
+            if not any(_named(name, [pattern]) for name in off)
+        ]
+        problems += [
             f"{name}: missing; expected {tuple(self.shapes[name])} in one of the files"
             for name in missing
             if name not in LN_VISION and not _named(name, allowed)

@@ -10,6 +10,9 @@ from typing import Any
 from scalefl.export.submodel import Exported
 from scalefl.report import levels_by_exits
 
+TITLES = {"whole": "", "language": "the language model of ", "adapter": "the LoRA adapter of "}
+"""Part -> how its title begins."""
+
 LOADED = {
     "whole": """from scalefl.models.minigptv2 import MiniGPTv2ForConditionalGeneration, MiniGPTv2Processor
 
@@ -30,7 +33,7 @@ model = PeftModel.from_pretrained(llama, FOLDER)  # on the language model that t
 def card(model: Exported, part: str, checkpoint: Path) -> str:
     """Markdown: what it is, what it was trained on, how good each exit is, and whose terms hold."""
     run, text = model.run, model.config.text_config
-    what = "the whole model" if model.level == 0 else f"level {model.level}"
+    what = TITLES[part] + ("the whole model" if model.level == 0 else f"level {model.level}")
     evaluation = _evaluation(checkpoint, model.round)
     return "\n".join(
         [
@@ -49,7 +52,7 @@ def card(model: Exported, part: str, checkpoint: Path) -> str:
             f"seed {run.seed}",
             f"- levels: widths {_list(run.vertical_scale_ratios)}, "
             f"exits {_list(run.horizontal_scale_ratios)}",
-            f"- frozen base: {run.init_from or model.model_file.llama_model or 'none, or random weights'}",
+            f"- frozen base: {_base(model)}",
             *_quantised(run),
             "",
             "## How good it is",
@@ -70,6 +73,13 @@ def card(model: Exported, part: str, checkpoint: Path) -> str:
             "",
         ]
     )
+
+
+def _base(model: Exported) -> str:
+    """By its name: where it lies is nobody's business."""
+    base = model.run.init_from or model.model_file.llama_model
+    reordered = " (trained in importance order, which is undone here)" if model.is_reordered else ""
+    return f"{Path(base).name}{reordered}" if base else "none, or random weights"
 
 
 def _quantised(run: Any) -> list[str]:

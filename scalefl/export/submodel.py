@@ -50,6 +50,8 @@ class Exported:
     """Undoes any `scalefl reorder` in a parameter, by its name in the whole model."""
     scales: Mapping[str, float]
     merges: bool
+    is_reordered: bool
+    """Whether the run trained a base in another order."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters in plain names, fp32; adapters too unless they are merged."""
@@ -115,6 +117,7 @@ def exported(folder: Path, level: int | None, *, merges: bool, init_from: str | 
             own_order=own_order,
             scales=part.config.input_scales or {},
             merges=merges and models.lora is not None,
+            is_reordered=bool(start.order),
         )
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from scalefl.contracts import State
-from scalefl.models.files import os_error_number
+from scalefl.models.files import os_error_number, save_file
 
 FORMAT = 1
 

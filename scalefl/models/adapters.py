@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scalefl.contracts import InputError, State
+from scalefl.models.files import save_file
 from scalefl.slicing.layout import LayoutTable
 
 

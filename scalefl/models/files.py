@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_for_its_owner
 from torch import Tensor
 
 from scalefl.contracts import InputError
 from scalefl.slicing.order import Order
 from scalefl.slicing.plan import Index
+
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ORDER = "order.safetensors"
@@ -133,6 +137,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if (number := os_error_number(error)) is not None:
             raise OSError(number, os.strerror(number), str(folder)) from error
         raise
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """As safetensors does it, but for all who may read other files of the process."""
+    save_for_its_owner(dict(tensors), path, metadata)
+    path.chmod(0o666 & ~UMASK)
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

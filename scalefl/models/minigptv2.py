@@ -381,14 +381,25 @@ class MiniGPTv2Family:
         return MiniGPTv2ForConditionalGeneration(config)
 
     def load_processor(self, folder: str) -> MiniGPTv2Processor:
-        return MiniGPTv2Processor.from_pretrained(folder)
+        try:
+            return MiniGPTv2Processor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{folder}: its processor cannot be read ({told}); expected a whole model folder, with its "
+                "processor and tokenizer."
+            ) from error
 
     def load_model(self, folder: str) -> MiniGPTv2ForConditionalGeneration:
         logging.disable_progress_bar()
         return MiniGPTv2ForConditionalGeneration.from_pretrained(folder)
 
     def load_config(self, folder: str) -> MiniGPTv2Config:
-        kind = json.loads((Path(folder) / "config.json").read_text("utf-8")).get("model_type")
+        path = Path(folder) / "config.json"
+        try:
+            kind = json.loads(path.read_text("utf-8")).get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); expected a whole model folder.") from error
         if kind != MiniGPTv2Config.model_type:
             expected = f"expected {MiniGPTv2Config.model_type}, which sees images"
             raise InputError(f"{folder}: holds a model of type {kind}; {expected}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,10 @@ from scalefl.prediction.calibration import (
     curve,
     write_calibration,
 )
-from scalefl.prediction.loaded import Answering, device_of, task_of
+from scalefl.prediction.loaded import Answering, check_is_model, device_of, task_of
 from scalefl.registry import resolve
+
+log = logging.getLogger("scalefl")
 
 DEFAULT_DROP = 0.02
 
@@ -62,6 +65,8 @@ def calibrate(run: RunConfig, options: CalibrateOptions) -> None:
     }
     drop = DEFAULT_DROP if options.accuracy_drop is None else options.accuracy_drop
     chosen = choose(points["val"], drop, options.mean_cost)
+    if options.mean_cost is not None and chosen.mean_cost > options.mean_cost:
+        log.warning("--mean_cost %g: the cheapest is %.3f and taken", options.mean_cost, chosen.mean_cost)
     found = Calibration(
         measure=options.measure,
         thresholds=(chosen.threshold,) * (model.num_exits - 1),
@@ -80,6 +85,7 @@ def calibrate(run: RunConfig, options: CalibrateOptions) -> None:
 
 
 def _model(folder: Path, device: torch.device) -> Answering:
+    check_is_model(folder)
     task = task_of(folder)
     if task.answers is None:
         raise InputError(f"--model {folder}: its answers are open; expected a model with candidate answers.")

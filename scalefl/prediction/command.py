@@ -26,6 +26,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 def predict(options: PredictOptions) -> None:
     """Answer about every image that can be read; raises InputError at the end if some could not be."""
+    if options.csv is not None and not Path(options.csv).absolute().parent.is_dir():
+        raise InputError(f"--csv {options.csv}: its folder is not there; expected one to write into.")
     paths = find_images(options.images)
     asked = load(options)
     found: list[tuple[Path, Answer]] = []
@@ -78,19 +80,26 @@ def _read(paths: Sequence[Path], model: Answering, unread: list[str]) -> dict[Pa
 
 def _tell(found: Sequence[tuple[Path, Answer]], options: PredictOptions) -> None:
     display, records = Display(speaks=True, print_freq=1), list(_records(found))
-    if options.csv is not None and records:
-        with open(options.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, records[0])
-            writer.writeheader()
-            writer.writerows(records)
     if options.json:
         display.line(json.dumps(records, indent=1))
     elif records:
         folder = os.path.commonpath([path.absolute().parent for path, _ in found])
         rows = [{**record, "image": os.path.relpath(record["image"], folder)} for record in records]
         display.table(f"{folder}", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
-    if options.csv is not None and records and not options.json:
-        display.line(f"answers      {options.csv}")
+    if options.csv is not None and records:
+        _write_csv(options.csv, records)
+        if not options.json:
+            display.line(f"answers      {options.csv}")
+
+
+def _write_csv(path: str, records: Sequence[dict[str, Any]]) -> None:
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    except OSError as error:
+        raise InputError(f"--csv {path}: {error.strerror}; give another path.") from error
 
 
 def _records(found: Sequence[tuple[Path, Answer]]) -> Iterator[dict[str, Any]]:

@@ -46,15 +46,32 @@ class Answer:
 
 
 def task_of(folder: Path) -> Task:
-    """What is told of it beside the model, if anything."""
-    if (folder / TASK_FILE).is_file():
-        content = json.loads((folder / TASK_FILE).read_text("utf-8"))
-        answers = content["answers"]
-        return Task(**{**content, "answers": None if answers is None else tuple(answers)})
+    """What is told of it beside the model, if anything. Raises InputError if that is damaged."""
+    if (path := folder / TASK_FILE).is_file():
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            answers = content["answers"]
+            return Task(**{**content, "answers": None if answers is None else tuple(answers)})
+        except (ValueError, KeyError, TypeError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{path}: damaged ({told}); remove it, and give --question and --answers."
+            ) from error
     if (folder / CONFIG_FILE).is_file():
         run, _ = load_config(folder)
         return Task(arch=run.arch, question=run.question, answers=run.answers)
     return Task()
+
+
+def check_is_model(folder: Path) -> None:
+    """Raises InputError, with the way to a model where one can be made."""
+    if (folder / "config.json").is_file():
+        return
+    made = "expected a folder such as `scalefl export` writes"
+    checkpoints = sorted((folder / "checkpoints").glob("round-*[0-9]"))
+    if source := checkpoints[-1] if checkpoints else folder if (folder / CONFIG_FILE).is_file() else None:
+        made = f"`scalefl export --checkpoint {source}` makes one of this checkpoint"
+    raise InputError(f"--model {folder}: no model there (config.json is missing); {made}.")
 
 
 def device_of(use_gpu: bool | None) -> torch.device:
@@ -72,12 +89,8 @@ class Answering:
         self, folder: Path, device: torch.device, question: str | None, answers: tuple[str, ...] | None
     ) -> None:
         """Raises InputError if the folder holds no whole model, or no question is known."""
+        check_is_model(folder)
         task = task_of(folder)
-        if not (folder / "config.json").is_file():
-            also = ""
-            if (folder / CONFIG_FILE).is_file():
-                also = f" `scalefl export --checkpoint {folder}` makes one of this checkpoint."
-            raise InputError(f"--model {folder}: no model there (config.json is missing);{also}")
         if (chosen := question or task.question) is None:
             raise InputError(f"--model {folder}: does not say what it was asked; expected --question TEXT.")
         self.question = chosen

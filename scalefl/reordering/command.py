@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from scalefl.reordering.importance import importance, readers_of
 from scalefl.seeding import numpy_rng
 from scalefl.slicing.layout import Layout, match_layouts
 from scalefl.slicing.order import Order, Place, composed, most_first, permute, unit_places
+
+log = logging.getLogger("scalefl")
 
 BESIDE = ("README.md", CALIBRATION_FILE)
 """Files that hold of the reordered model too, since it answers alike."""
@@ -114,6 +117,7 @@ def _measured(run: RunConfig, options: ReorderOptions, model: Saved) -> dict[str
         raise InputError(f"--split {options.split}: {data.name} has no examples there; name another split.")
     drawn = numpy_rng(run.seed, "reorder").permutation(len(examples))[: options.examples]
     shown = [examples[number] for number in sorted(drawn)]
+    log.info("measured on %d of the %d examples of %s", len(shown), len(examples), options.split)
     pixels = decode_all(shown, data.read_image, model.processor.resize, run.workers)
     device = device_of(run.use_gpu)
     batcher = Batcher(model.processor, shown, pixels, device)
