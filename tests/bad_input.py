@@ -304,7 +304,8 @@ ROWS = (
         typed="--init_from nothing",
         lines=(
             "--init_from nothing: no model there; expected a folder with config.json and "
-            "model.safetensors or a checkpoint such as SAVE_PATH/checkpoints/round-0005."
+            "model.safetensors or a checkpoint such as SAVE_PATH/checkpoints/round-0005; if it has moved, "
+            "name its new place."
         ),
     ),
     Row(
