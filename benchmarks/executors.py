@@ -28,7 +28,7 @@ from midsize import options_of, resolved
 
 from scalefl.aggregation.coverage_mean import CoverageMean
 from scalefl.contracts import ClientUpdate
-from scalefl.federation import exchange, jobs
+from scalefl.federation import desk, exchange
 from scalefl.federation.local import Local
 from scalefl.federation.run import train
 from scalefl.slicing.plan import PlanEntry
@@ -159,9 +159,9 @@ def in_jobs(arguments: Any) -> int:
 def _trace_jobs() -> list[tuple[int, str, dict[str, float], float, int]]:
     """Per merged client: level, task file, its times, seconds in which its answer was read, bytes of it."""
     found: list[tuple[int, str, dict[str, float], float, int]] = []
-    outcome = jobs.Desk.outcome
+    outcome = desk.Desk.outcome
 
-    def traced(self: jobs.Desk, ticket: jobs.Ticket) -> Any:
+    def traced(self: desk.Desk, ticket: desk.Ticket) -> Any:
         started = time.perf_counter()
         update = outcome(self, ticket)
         seconds = time.perf_counter() - started
@@ -174,7 +174,7 @@ def _trace_jobs() -> list[tuple[int, str, dict[str, float], float, int]]:
         found.append((ticket.task.level, ticket.file.name, times, seconds, content["tensors"]["bytes"]))
         return update
 
-    jobs.Desk.outcome = traced  # type: ignore[method-assign]
+    desk.Desk.outcome = traced  # type: ignore[method-assign]
     return found
 
 

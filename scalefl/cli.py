@@ -86,7 +86,7 @@ def _check_processes(command: str) -> None:
 
 def _do_alone(command: Command) -> None:
     """What needs no run; `client` and `serve` meet signals themselves."""
-    with contextlib.nullcontext() if command.name in ("client", "serve") else _stop_in_setup():
+    with contextlib.nullcontext() if command.name in ("client", "serve") else _ended_by_a_signal():
         _function(COMMANDS_OF_THEIR_OWN[command.name])(command.own)
 
 
@@ -98,12 +98,12 @@ def _do(command: Command, run: RunConfig, model_file: ModelFile) -> None:
         if _speaks():  # once under `accelerate launch`
             plan(run, model_file, command)
     elif command.name in COMMANDS_ON_DATA:
-        with _stop_in_setup():
+        with _ended_by_a_signal():
             _function(COMMANDS_ON_DATA[command.name])(run, command.own)
     else:
         from scalefl.federation.run import train
 
-        with _stop_in_setup():
+        with _ended_by_a_signal():
             train(run, model_file)
 
 
@@ -130,7 +130,7 @@ def _stoppable(work: Callable[[], None], next_step: str) -> int:
 
 
 @contextlib.contextmanager
-def _stop_in_setup() -> Iterator[None]:
+def _ended_by_a_signal() -> Iterator[None]:
     """A signal outside of training ends the command and says so; a round loop stops at a step itself."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:

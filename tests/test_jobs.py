@@ -167,7 +167,7 @@ def test_a_client_that_fails_once_is_tried_again(
 @pytest.mark.slow
 def test_a_frozen_client_is_given_up(tmp_path, processes, expected, monkeypatch):
     """Its own watchdog is frozen with it; the main process waits for the timeout, and some time to start."""
-    monkeypatch.setattr(jobs, "START_SECONDS", 25.0)
+    monkeypatch.setattr("scalefl.federation.desk.START_SECONDS", 25.0)
     processes(tmp_path, "freeze")
     run_folder = start(tmp_path, **IN_JOBS, client_timeout=5.0)
     assert same_bits(state(run_folder, 1), state(expected, 1))

@@ -337,6 +337,7 @@ def test_an_upload_may_be_asked_about(tmp_path, guard):
         lambda folder: json.dumps({"data": []}).encode(),
         lambda folder: json.dumps([1]).encode(),
         lambda folder: b"data",
+        lambda folder: b"[" * 60_000,
     ],
 )
 def test_nothing_else_may_be_asked_about(tmp_path, guard, body):

@@ -67,7 +67,7 @@ def check_is_model(folder: Path) -> None:
     """Raises InputError, with the way to a model where one can be made."""
     if (folder / "config.json").is_file():
         return
-    made = "expected a folder such as `scalefl export` writes"
+    made = "expected a folder such as `scalefl convert` or `scalefl export` writes"
     checkpoints = sorted((folder / "checkpoints").glob("round-*[0-9]"))
     if source := checkpoints[-1] if checkpoints else folder if (folder / CONFIG_FILE).is_file() else None:
         made = f"`scalefl export --checkpoint {source}` makes one of this checkpoint"

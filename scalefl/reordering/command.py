@@ -25,7 +25,7 @@ from scalefl.models.family import ModelFamily
 from scalefl.models.files import TensorFiles, new_folder, saved_order, write_order, write_tensors
 from scalefl.models.holding import DTYPES
 from scalefl.prediction.calibration import CALIBRATION_FILE
-from scalefl.prediction.loaded import TASK_FILE, device_of, task_of
+from scalefl.prediction.loaded import TASK_FILE, check_is_model, device_of, task_of
 from scalefl.registry import resolve
 from scalefl.reordering.importance import importance, readers_of
 from scalefl.seeding import numpy_rng
@@ -72,11 +72,7 @@ def reorder(run: RunConfig, options: ReorderOptions) -> None:
 
 def _saved(folder: Path, family: ModelFamily) -> Saved:
     """Raises InputError unless the folder holds a whole model."""
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"--model {folder}: no model there (config.json is missing); expected a folder such as `scalefl "
-            "convert` or `scalefl export` writes."
-        )
+    check_is_model(folder)
     config, files = family.load_config(str(folder)), TensorFiles(folder)
     check_weights(family, config, files)
     adapters = saved_adapters(folder)

@@ -30,6 +30,9 @@ class Guard:
         self._app, self._uploads, self._max_upload = app, uploads.resolve(), max_upload
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # the page has none
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] == "http":
             refusal, receive = await self._refusal(scope, receive)
             if refusal is not None:
@@ -60,7 +63,7 @@ class Guard:
             (file,) = json.loads(body)["data"]
             path = Path(file["path"])
             is_there = path.is_absolute() and path.resolve().is_relative_to(self._uploads) and path.is_file()
-        except (ValueError, TypeError, KeyError, OSError):
+        except (ValueError, TypeError, KeyError, OSError, RecursionError):
             return False
         return is_there and not file.get("is_stream")
 
