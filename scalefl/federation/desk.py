@@ -68,8 +68,8 @@ class Desk:
         bundles: Callable[[int, Sequence[Path], int, Path], list[Job]],
         on_failure: Callable[[ClientTask, str], None],
     ) -> None:
-        """`sent` and `content` are what tasks say of a level's slice and of the run; `shapes`, by level, those
-        of an update.
+        """`sent` and `content` are what tasks say of a level's slice and of the run; `shapes`, by level, are
+        those of an update.
         """
         self._folder, self._sent, self._content = folder, sent, content
         self._run, self._launcher, self._resources = run, launcher, resources
